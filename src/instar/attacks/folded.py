@@ -1,0 +1,163 @@
+"""A copy of the model for eval-mode attacks: BatchNorm folded into convolutions, half precision inside, no weights to
+differentiate."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+from instar.models.normalize import Normalize
+from instar.models.precision import FloatLinear, trace
+
+
+class _Cast(nn.Module):
+    """Changes the precision, and the memory layout that convolutions of that precision are fast in."""
+
+    def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.dtype, self.memory_format = dtype, memory_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` in the other precision."""
+        return x.to(dtype=self.dtype, memory_format=self.memory_format)
+
+
+class Folded(nn.Module):
+    """A frozen stand-in for a model in eval mode, for attacks: same logits, less work.
+
+    BatchNorm that follows a convolution becomes part of its weights; parameters carry no gradient, so that backward
+    computes input gradients only and keeps no activations for weights; everything behind the first convolution may run
+    in half precision, while the input, the normalisation and the first convolution stay in the model's own (bfloat16
+    would round an image in [0, 1] by up to 0.5/255). `refresh` copies the model's current weights, once a step.
+
+    Args:
+        model: The model to stand in for. It is traced with ``torch.fx``.
+        dtype: Precision behind the first convolution; None keeps the model's.
+        channels_last: Whether to run convolutions in NHWC memory order.
+
+    Raises:
+        torch.fx.proxy.TraceError: The model's forward depends on its data in a way that cannot be traced; attack the
+            model itself then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> x = torch.rand(2, 3, 4, 4)
+        >>> bool(torch.allclose(Folded(net)(x), net(x), atol=1e-6))
+        True
+    """
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> None:
+        super().__init__()
+        self._net = trace(copy.deepcopy(model).eval().requires_grad_(False))
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._pairs = _fold_in_place(self._net)
+        self._dtype = dtype
+        self._whole = {name for name, module in self._net.named_modules() if isinstance(module, FloatLinear | Normalize)}
+        if dtype is not None:
+            self._whole |= _cast_after_first_convolution(self._net, dtype, self._format)
+        self._net.graph.lint()
+        self._net.recompile()
+        self._net.to(memory_format=self._format)
+        self.refresh(model)
+        self.eval()
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Take over the weights and running statistics that `model` has now."""
+        modules = dict(model.named_modules())
+        source = dict(model.named_parameters()) | dict(model.named_buffers())
+        folded = {name for pair in self._pairs for name in pair}
+        for conv_name, norm_name in self._pairs:
+            conv, norm = modules[conv_name], modules[norm_name]
+            weight, bias = fusion.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            target = self._net.get_submodule(conv_name)
+            _put(target, "weight", weight, self._precision(conv_name, weight), self._format)
+            _put(target, "bias", bias, self._precision(conv_name, bias), self._format)
+        for name, module in self._net.named_modules():
+            if name in folded:
+                continue
+            for key in [*module._parameters, *module._buffers]:
+                new = source.get(f"{name}.{key}" if name else key)
+                if new is not None:
+                    _put(module, key, new, self._precision(name, new), self._format)
+
+    def _precision(self, name: str, like: Tensor) -> torch.dtype:
+        """What a tensor of this module is kept in: BatchNorm takes float32 statistics beside half-precision images."""
+        norm = isinstance(self._net.get_submodule(name), nn.modules.batchnorm._NormBase)
+        if self._dtype is None or norm or name in self._whole or not like.is_floating_point():
+            return like.dtype
+        return self._dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) for images (B, C, H, W), in at least the model's own precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self._net(x.contiguous(memory_format=self._format))
+        return logits.to(x.dtype)
+
+    def train(self, mode: bool = True) -> Folded:
+        """Stays in eval mode: the running statistics are in the weights."""
+        return super().train(False)
+
+
+def _put(module: nn.Module, key: str, new: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Set a parameter or buffer, in place where shape and precision allow, so that nothing is allocated per step."""
+    held = getattr(module, key)
+    if held is not None and held.shape == new.shape and held.dtype == dtype and held.device == new.device:
+        held.copy_(new)
+        return
+    made = new.detach().to(dtype, copy=True)
+    if made.ndim == 4:
+        made = made.contiguous(memory_format=memory_format)
+    if key in module._buffers:
+        module._buffers[key] = made
+    else:
+        module._parameters[key] = nn.Parameter(made, requires_grad=False)
+
+
+def _fold_in_place(net: torch.fx.GraphModule) -> list[tuple[str, str]]:
+    """Route around every BatchNorm whose only input is a convolution that nobody else reads; returns the pairs."""
+    modules: dict[str, Any] = dict(net.named_modules())
+    calls: dict[str, int] = {}
+    for node in net.graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    pairs = []
+    for node in list(net.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or not isinstance(modules[str(before.target)], nn.Conv2d):
+            continue
+        norm = modules[str(node.target)]
+        used_once = calls[str(node.target)] == calls[str(before.target)] == 1 and len(before.users) == 1
+        if not used_once or not norm.track_running_stats:
+            continue
+        node.replace_all_uses_with(before)
+        net.graph.erase_node(node)
+        pairs.append((str(before.target), str(node.target)))
+    net.graph.eliminate_dead_code()
+    return pairs
+
+
+def _cast_after_first_convolution(
+    net: torch.fx.GraphModule, dtype: torch.dtype, memory_format: torch.memory_format
+) -> set[str]:
+    """Put a cast behind the first convolution, or behind the input if there is none; returns what precedes it."""
+    modules = dict(net.named_modules())
+    net.add_submodule("_cast", _Cast(dtype, memory_format))
+    for node in net.graph.nodes:
+        first = node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d)
+        if first or (node.op == "placeholder" and not any(isinstance(m, nn.Conv2d) for m in modules.values())):
+            with net.graph.inserting_after(node):
+                cast = net.graph.call_module("_cast", (node,))
+            node.replace_all_uses_with(cast)
+            cast.args = (node,)
+            return {str(node.target)} if first else set()
+    return set()

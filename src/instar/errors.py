@@ -1,0 +1,38 @@
+"""The one exception for what a user can mend, and the search for what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line with what was expected, what came, and the likely cause.
+
+    The command line prints the line and exits with status 2; a traceback is never shown for it.
+
+    Example:
+        >>> str(UserError("eps of Linf must be in [0, 1]; got 8. Did you mean 8/255?"))
+        'eps of Linf must be in [0, 1]; got 8. Did you mean 8/255?'
+    """
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest names that do.
+
+    Args:
+        kind: What the name should have been, for example ``"recipe"``.
+        name: The name as given.
+        known: Every name that exists.
+
+    Returns:
+        The error, to be raised by the caller.
+
+    Example:
+        >>> str(unknown("recipe", "gairt", ["gairat", "trades", "pgd_at"]))
+        "unknown recipe 'gairt'. Did you mean 'gairat'? Known: gairat, pgd_at, trades"
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return UserError(f"unknown {kind} {str(name)!r}.{hint} Known: {', '.join(names) or 'none'}")

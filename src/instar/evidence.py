@@ -1,0 +1,157 @@
+"""What flows through a training step: the batch, its adversary, and the evidence that signals look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from instar.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training instances with their identity.
+
+    Attributes:
+        x: Images (B, C, H, W), floating point, in [0, 1].
+        y: Labels (B,), integer; −1 marks an instance without a label.
+        index: Positions (B,) in the training set, or None outside a run.
+        memory: This batch's rows of the `InstanceTable` as they stood before the step: name → (B,).
+        target: Soft labels (B, K) that take the place of `y` in cross-entropies, or None.
+        labelled: Mask (B,) of instances with a label, or None when all have one.
+        source: Integer (B,) that says which data set an instance came from, or None when there is one.
+
+    Raises:
+        UserError: `x` is not (B, C, H, W), `y` not (B,), or `y` not of an integer type.
+
+    Example:
+        >>> batch = Batch(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+        >>> len(batch), batch.index is None
+        (2, True)
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+    labelled: Tensor | None = None
+    source: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes and types, which costs nothing; values are checked where data enter."""
+        if self.x.ndim != 4 or not self.x.is_floating_point():
+            raise UserError(
+                f"x must be floating-point images (B, C, H, W) in [0, 1]; got {tuple(self.x.shape)} of {self.x.dtype}"
+            )
+        if self.y.shape != self.x.shape[:1] or self.y.is_floating_point() or self.y.dtype == torch.bool:
+            raise UserError(
+                f"y must be integer labels ({len(self.x)},), one for each image; got {tuple(self.y.shape)} of "
+                f"{self.y.dtype}. Soft labels go into target"
+            )
+
+    def __len__(self) -> int:
+        """Number of instances B."""
+        return self.x.shape[0]
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What an attack found, in the order of the batch.
+
+    Attributes:
+        x: Adversarial images (B, C, H, W), detached, inside the ball and the box.
+        kappa: GAIRAT's geometry value (B,), integer: of the iterates that were inspected before a step, how many were
+            still classified correctly. The final `x` is not inspected.
+        inspected: How many iterates were inspected (B,), integer. An instance that stopped is no longer inspected.
+        moves: Gradient steps taken (B,), integer.
+        budget: The largest number of steps the attack may take (K).
+        others: Further adversaries of the same batch (a second objective, a second norm).
+    """
+
+    x: Tensor
+    kappa: Tensor
+    inspected: Tensor
+    moves: Tensor
+    budget: int
+    others: tuple[Adversary, ...] = ()
+
+
+def _no_forward(x: Tensor) -> Tensor:
+    raise UserError("this Evidence has no model to query; signals that call forward() need one from training_loss()")
+
+
+def _within_batch(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    return function(values)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a `Signal` may look at. Read-only, and complete before the first signal is asked.
+
+    Logits that nobody `needs` are None: they are computed eagerly, in the order anchor, clean, adv, and only if some
+    signal declares them, because logits computed by whoever asks first would silently lose gradients (a signal asked
+    under ``no_grad``) or add BatchNorm updates.
+
+    Attributes:
+        x: Clean images (B, C, H, W).
+        y: Labels (B,).
+        clean: Logits (B, K) of `x` at the current weights, perturbed if the method perturbs them.
+        adv: Logits (B, K) of `x_adv` at the same weights.
+        anchor: Logits (B, K) of `x` at the *unperturbed* weights. ISEAT compares with these; one `clean` for both
+            would change the gradient.
+        x_adv: Adversarial images (B, C, H, W).
+        kappa: See `Adversary`.
+        inspected: See `Adversary`.
+        budget: See `Adversary`.
+        index: Positions in the training set (B,), or None.
+        memory: Rows of the instance table, name → (B,).
+        target: Soft labels (B, K) or None.
+        labelled: Mask (B,) or None.
+        source: Integer (B,) or None.
+        others: Logits (B, K) of each further adversary.
+        features: Penultimate features (B, D) of `x_adv`, for the few that need them.
+        input_grad: Gradient of the attack's objective at the current iterate (B, C, H, W); for stop rules only.
+        offsets: The weight perturbation in force, by parameter name; empty without one.
+        generator: Random numbers for signals that draw.
+        forward: The model at the current weights, images → logits, for signals that query elsewhere.
+        batchwide: Applies a function of all instances' values (ranks, normalisations) over the global batch.
+    """
+
+    x: Tensor
+    y: Tensor
+    clean: Tensor | None = None
+    adv: Tensor | None = None
+    anchor: Tensor | None = None
+    x_adv: Tensor | None = None
+    kappa: Tensor | None = None
+    inspected: Tensor | None = None
+    budget: int = 0
+    index: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+    labelled: Tensor | None = None
+    source: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
+    features: Tensor | None = None
+    input_grad: Tensor | None = None
+    offsets: Mapping[str, Tensor] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    forward: Callable[[Tensor], Tensor] = _no_forward
+    batchwide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = _within_batch
+
+    def logits(self, of: str) -> Tensor:
+        """The logits called `of`: ``"clean"``, ``"adv"`` or ``"anchor"``.
+
+        Raises:
+            UserError: They were not computed, because no signal declared that it needs them.
+        """
+        value: Tensor | None = getattr(self, of)
+        if value is None:
+            raise UserError(
+                f"this Evidence carries no {of!r} logits: a Signal that reads them must list {of!r} in `needs`"
+            )
+        return value

@@ -1,0 +1,27 @@
+"""What a training step can look at and add up: losses, weights, difficulties and stop rules, all of one kind."""
+
+from instar.signals.algebra import Constant, Negated, Product, Signal, Sum
+from instar.signals.difficulty import Correct, Exceeds, LossGap, Patience, ProbabilityGap, SurvivedSteps
+from instar.signals.losses import KL, CrossEntropy, LogitShift, Margin
+from instar.signals.weights import GeometryWeight, RankWeight, mean_one
+
+__all__ = [
+    "KL",
+    "Constant",
+    "Correct",
+    "CrossEntropy",
+    "Exceeds",
+    "GeometryWeight",
+    "LogitShift",
+    "LossGap",
+    "Margin",
+    "Negated",
+    "Patience",
+    "ProbabilityGap",
+    "Product",
+    "RankWeight",
+    "Signal",
+    "Sum",
+    "SurvivedSteps",
+    "mean_one",
+]

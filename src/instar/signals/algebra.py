@@ -1,0 +1,228 @@
+"""Signals and their algebra: `+`, `-` and `*` build losses out of terms and weights."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from instar.errors import UserError
+from instar.evidence import Evidence
+from instar.expression import express, value
+from instar.schedules import Schedule
+
+Number = Union[int, float, Schedule]
+
+
+class Signal(abc.ABC):
+    """A number for every instance, computed from the `Evidence`: a loss term, a weight, a difficulty, a stop rule.
+
+    A signal declares in `needs` which logits it reads; they are then there, with their gradients, whoever else asks.
+    A signal that is a coefficient detaches its *result*, never its inputs.
+
+    Signals add and multiply, with one another and with numbers or schedules:
+
+        >>> from instar.signals import CrossEntropy, KL
+        >>> CrossEntropy("clean") + 6 * KL()
+        CrossEntropy('clean') + 6 * KL()
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `Evidence` fields that must be computed for it: ``"clean"``, ``"adv"``, ``"anchor"``, ..."""
+        return frozenset[str]().union(*(part.needs for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[Signal, ...]:
+        """The signals that this one is made of."""
+        if not dataclasses.is_dataclass(self):
+            return ()
+        fields = (getattr(self, entry.name) for entry in dataclasses.fields(self))
+        return tuple(item for item in fields if isinstance(item, Signal))
+
+    @abc.abstractmethod
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The value (B,) for each instance of the batch, in its order."""
+
+    def __add__(self, other: Signal | Number) -> Signal:
+        """Sum."""
+        return Sum(self, as_signal(other))
+
+    def __radd__(self, other: Number) -> Signal:
+        """Sum."""
+        return Sum(as_signal(other), self)
+
+    def __sub__(self, other: Signal | Number) -> Signal:
+        """Difference."""
+        return Sum(self, Negated(as_signal(other)))
+
+    def __rsub__(self, other: Number) -> Signal:
+        """Difference."""
+        return Sum(as_signal(other), Negated(self))
+
+    def __mul__(self, other: Signal | Number) -> Signal:
+        """Product."""
+        return Product(self, as_signal(other))
+
+    def __rmul__(self, other: Number) -> Signal:
+        """Product."""
+        return Product(as_signal(other), self)
+
+    def __neg__(self) -> Signal:
+        """Negation."""
+        return Negated(self)
+
+    def __pos__(self) -> Signal:
+        """The signal itself."""
+        return self
+
+
+def as_signal(item: Signal | Number) -> Signal:
+    """`item` as a signal: numbers and schedules become a `Constant`.
+
+    Raises:
+        TypeError: `item` is neither.
+    """
+    if isinstance(item, Signal):
+        return item
+    if isinstance(item, (int, float, Schedule)) and not isinstance(item, bool):
+        return Constant(item)
+    raise TypeError(f"a Signal combines with signals, numbers and schedules; got {type(item).__name__}")
+
+
+@value
+class Constant(Signal):
+    """The same number for every instance.
+
+    Attributes:
+        amount: The number, or a `Schedule` of it.
+
+    Raises:
+        UserError: `amount` is not a number.
+
+    Example:
+        >>> 2 * Constant(3.0)
+        2 * 3.0
+    """
+
+    amount: Number
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a number."""
+        if isinstance(self.amount, float) and math.isnan(self.amount):
+            raise UserError("a coefficient of a loss must be a number; got nan")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The number, in the shape (B,)."""
+        if isinstance(self.amount, Schedule):
+            raise UserError(f"the coefficient is still the schedule {self.amount!r}: use method.at(progress) first")
+        logits = next((z for z in (evidence.adv, evidence.clean, evidence.anchor) if z is not None), evidence.x)
+        return torch.full((len(evidence.y),), float(self.amount), device=logits.device, dtype=logits.dtype)
+
+    def __repr__(self) -> str:
+        """The bare number: in an expression it becomes a `Constant` again."""
+        return express(self.amount)
+
+
+@value
+class Sum(Signal):
+    """left + right.
+
+    Attributes:
+        left: First signal.
+        right: Second signal.
+    """
+
+    left: Signal
+    right: Signal
+
+    def __post_init__(self) -> None:
+        """Take numbers for signals."""
+        _as_signals(self, "left", "right")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The sum (B,)."""
+        return self.left(evidence) + self.right(evidence)
+
+    def __repr__(self) -> str:
+        """`a + b`, or `a - b` where b is negated."""
+        negative = isinstance(self.right, Negated)
+        right = self.right.operand if isinstance(self.right, Negated) else self.right
+        if isinstance(self.left, Constant) and isinstance(right, Constant):
+            return f"Sum({_constructor(self.left)}, {_constructor(self.right)})"
+        if negative:
+            return f"{self.left!r} - {_in_product(right)}"
+        return f"{self.left!r} + " + (f"({right!r})" if isinstance(right, Sum) else repr(right))
+
+
+@value
+class Product(Signal):
+    """left · right.
+
+    Attributes:
+        left: First signal, usually the coefficient or weight.
+        right: Second signal.
+    """
+
+    left: Signal
+    right: Signal
+
+    def __post_init__(self) -> None:
+        """Take numbers for signals."""
+        _as_signals(self, "left", "right")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The product (B,)."""
+        if isinstance(self.left, Constant) and not isinstance(self.left.amount, Schedule):
+            return float(self.left.amount) * self.right(evidence)
+        return self.left(evidence) * self.right(evidence)
+
+    def __repr__(self) -> str:
+        """`a * b`, with parentheses where a or b is a sum, or b a product."""
+        if isinstance(self.left, Constant) and isinstance(self.right, Constant):
+            return f"Product({_constructor(self.left)}, {_constructor(self.right)})"
+        right = f"({self.right!r})" if isinstance(self.right, Product) else _in_product(self.right)
+        return f"{_in_product(self.left)} * {right}"
+
+
+@value
+class Negated(Signal):
+    """−operand.
+
+    Attributes:
+        operand: The signal to negate.
+    """
+
+    operand: Signal
+
+    def __post_init__(self) -> None:
+        """Take a number for a signal."""
+        _as_signals(self, "operand")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The negative (B,)."""
+        return -self.operand(evidence)
+
+    def __repr__(self) -> str:
+        """`-a`."""
+        return _constructor(self) if isinstance(self.operand, Constant) else f"-{_in_product(self.operand)}"
+
+
+def _as_signals(signal: Signal, *names: str) -> None:
+    for name in names:
+        object.__setattr__(signal, name, as_signal(getattr(signal, name)))
+
+
+def _in_product(signal: Signal) -> str:
+    return f"({signal!r})" if isinstance(signal, (Sum, Negated)) else repr(signal)
+
+
+def _constructor(signal: Signal) -> str:
+    """The constructor form, where the operators between two numbers would compute instead of reading back."""
+    if isinstance(signal, Negated):
+        return f"Negated({_constructor(signal.operand)})"
+    return f"Constant({express(signal.amount)})" if isinstance(signal, Constant) else repr(signal)

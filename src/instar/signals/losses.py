@@ -1,0 +1,192 @@
+"""Terms of training losses and objectives of attacks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instar.errors import UserError
+from instar.evidence import Evidence
+from instar.expression import value
+from instar.signals.algebra import Signal
+
+UNLABELLED = -1
+
+
+def check_choice(owner: str, name: str, given: object, allowed: tuple[object, ...]) -> None:
+    """Refuse a field that is none of the `allowed` values.
+
+    Raises:
+        UserError: With the allowed values.
+    """
+    if given not in allowed:
+        raise UserError(f"{name} of {owner} must be one of {', '.join(map(repr, allowed))}; got {given!r}")
+
+
+@value
+class CrossEntropy(Signal):
+    """Cross-entropy of the logits with the label, in nats.
+
+    CE(z, y) = −log softmax(z)_y, or −Σ_k t_k log softmax(z)_k with a soft target t.
+
+    Attributes:
+        of: Which logits: ``"adv"`` (default), ``"clean"`` or ``"anchor"``.
+        smoothing: Label smoothing s in [0, 1): the target becomes (1 − s) · onehot + s / K (the library convention;
+            s of Bag of Tricks corresponds to s · K / (K − 1) here). 0 uses the plain label.
+
+    Raises:
+        UserError: Another name of logits, or a smoothing outside of [0, 1).
+
+    Example:
+        >>> from instar.evidence import Evidence
+        >>> e = Evidence(x=torch.zeros(1, 1, 1, 1), y=torch.tensor([0]), adv=torch.tensor([[0.0, 0.0]]))
+        >>> CrossEntropy()(e)
+        tensor([0.6931])
+
+    An instance without a label (−1) and without a soft target contributes 0.
+    """
+
+    of: str = "adv"
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_choice("CrossEntropy", "of", self.of, ("adv", "clean", "anchor"))
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"smoothing must be in [0, 1); got {self.smoothing}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The logits it reads."""
+        return frozenset({self.of})
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Cross-entropy (B,)."""
+        logits = evidence.logits(self.of)
+        if evidence.target is None:
+            return F.cross_entropy(
+                logits, evidence.y, reduction="none", ignore_index=UNLABELLED, label_smoothing=self.smoothing
+            )
+        target = evidence.target.to(logits.dtype)
+        if self.smoothing:
+            target = (1 - self.smoothing) * target + self.smoothing / logits.shape[1]
+        return -(target * F.log_softmax(logits, 1)).sum(1)
+
+
+@value
+class KL(Signal):
+    """TRADES' consistency term: KL(p(x) ‖ p(x′)) = Σ_k p_k(x) (log p_k(x) − log p_k(x′)), in nats.
+
+    The clean distribution is the target; gradient flows through both. As an attack objective p(x) is a constant,
+    because the clean logits are computed once, without a graph.
+
+    Example:
+        >>> from instar.evidence import Evidence
+        >>> z = torch.tensor([[1.0, -1.0]])
+        >>> KL()(Evidence(x=torch.zeros(1, 1, 1, 1), y=torch.tensor([0]), clean=z, adv=z))
+        tensor([0.])
+
+    Source: Zhang et al. 2019 (TRADES), Eq. 5. Summed over classes; the mean over the batch is the step's.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Clean and adversarial logits."""
+        return frozenset({"clean", "adv"})
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Divergence (B,), non-negative up to rounding."""
+        p = F.log_softmax(evidence.logits("clean"), 1)
+        q = F.log_softmax(evidence.logits("adv"), 1)
+        return (p.exp() * (p - q)).sum(1)
+
+
+@value
+class Margin(Signal):
+    """How far the best wrong class leads: max_{j≠y} z_j − z_y, in logits. Positive means misclassified.
+
+    As an attack objective it is the margin loss of Carlini and Wagner, which flat or scaled logits do not mislead.
+
+    Attributes:
+        of: Which logits: ``"adv"`` (default), ``"clean"`` or ``"anchor"``.
+
+    Raises:
+        UserError: Another name of logits.
+
+    Example:
+        >>> from instar.evidence import Evidence
+        >>> e = Evidence(x=torch.zeros(1, 1, 1, 1), y=torch.tensor([0]), adv=torch.tensor([[2.0, 0.5, 1.0]]))
+        >>> Margin()(e)
+        tensor([-1.])
+
+    Source: Carlini & Wagner 2017, loss f6 without the bound on confidence.
+    """
+
+    of: str = "adv"
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_choice("Margin", "of", self.of, ("adv", "clean", "anchor"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The logits it reads."""
+        return frozenset({self.of})
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Margin (B,)."""
+        return lead(evidence.logits(self.of), evidence.y)
+
+
+def lead(scores: Tensor, y: Tensor) -> Tensor:
+    """Score of the best wrong class minus that of the true one.
+
+    Args:
+        scores: (B, K), logits or probabilities, K ≥ 2.
+        y: Labels (B,).
+
+    Returns:
+        (B,), with gradient to both scores. Instances without a label (−1) get −inf.
+
+    Example:
+        >>> lead(torch.tensor([[0.2, 0.8]]), torch.tensor([0]))
+        tensor([0.6000])
+    """
+    known = y != UNLABELLED
+    place = y.clamp_min(0).unsqueeze(1)
+    true = scores.gather(1, place).squeeze(1)
+    # Masked by −inf, not by 0: a product with 0 would hide negative scores behind the masked class.
+    wrong = scores.scatter(1, place, float("-inf")).amax(1)
+    return torch.where(known, wrong - true, torch.full_like(true, float("-inf")))
+
+
+@value
+class LogitShift(Signal):
+    """Squared distance the attack moves the logits: ‖f(x′) − f(x)‖² = Σ_k (z′_k − z_k)².
+
+    Both ends carry gradient. It is summed over classes, not averaged.
+
+    Attributes:
+        reference: Where the clean logits come from: ``"anchor"`` (unperturbed weights, ISEAT) or ``"clean"``.
+
+    Raises:
+        UserError: Another reference.
+
+    Source: Li & Spratling 2023 (ISEAT), official code; Kannan et al. 2018 (ALP) for the plain pairing.
+    """
+
+    reference: str = "anchor"
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_choice("LogitShift", "reference", self.reference, ("anchor", "clean"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Adversarial logits and the reference."""
+        return frozenset({"adv", self.reference})
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Squared distance (B,)."""
+        return (evidence.logits("adv") - evidence.logits(self.reference)).square().sum(1)

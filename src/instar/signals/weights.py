@@ -1,0 +1,154 @@
+"""Weights of instances: coefficients without gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instar.errors import UserError
+from instar.evidence import Evidence
+from instar.expression import value
+from instar.schedules import Schedule
+from instar.signals.algebra import Signal
+from instar.signals.losses import check_choice
+
+
+def mean_one(log_weights: Tensor) -> Tensor:
+    """Weights with mean 1 from their logarithms.
+
+    w_i = exp(l_i − max l), then w_i / mean w. Equal logarithms give *exactly* 1 for every batch size, which
+    B · softmax(l) does not; and no finite logarithm can underflow all weights at once.
+
+    Args:
+        log_weights: (B,), at least one above −inf.
+
+    Returns:
+        (B,), non-negative, mean 1.
+
+    Example:
+        >>> mean_one(torch.tensor([-500.0, -500.0, -500.0]))
+        tensor([1., 1., 1.])
+    """
+    weights = (log_weights - log_weights.max()).exp()
+    return weights / weights.mean()
+
+
+@value
+class GeometryWeight(Signal):
+    """GAIRAT's weight: large for instances that few attack steps suffice to fool, mean 1 over the batch.
+
+    With u = shift + 5 (1 − 2 κ / K):
+
+    ============  ===========================
+    ``tanh``      ω = (1 + tanh u) / 2 = σ(2u)
+    ``sigmoid``   ω = σ(u)
+    ``discrete``  ω = (K + 1 − κ) / (K + 1), which ignores the shift unless it is +inf
+    ============  ===========================
+
+    and ω̂_i = B ω_i / Σ_j ω_j. It is computed from logarithms relative to the batch, so no shift, however negative,
+    lets all weights vanish.
+
+    Attributes:
+        shift: λ of the paper; smaller concentrates the weight on small κ. +inf gives weights of exactly 1 (the
+            burn-in, plain adversarial training). May be a `Schedule`.
+        weight: ``"tanh"``, ``"sigmoid"`` or ``"discrete"``.
+
+    Raises:
+        UserError: An unknown weight function, or a shift that is NaN.
+
+    Example:
+        >>> from instar.evidence import Evidence
+        >>> e = Evidence(x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), kappa=torch.tensor([0, 5, 10]), budget=10)
+        >>> GeometryWeight(-1.0)(e)
+        tensor([2.6805e+00, 3.1954e-01, 1.6469e-05])
+        >>> GeometryWeight(float("inf"))(e)
+        tensor([1., 1., 1.])
+
+    Source: Zhang et al. 2021 (GAIRAT), Eq. 6 and Algorithm 2; sigmoid and discrete from the official code.
+    Deviations: for odd K the paper's K/2 is used, where the code uses floor(K/2) (K = 7: u reaches −5, not −6.67).
+    """
+
+    shift: float | Schedule
+    weight: str = "tanh"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_choice("GeometryWeight", "weight", self.weight, ("tanh", "sigmoid", "discrete"))
+        if not isinstance(self.shift, Schedule) and math.isnan(self.shift):
+            raise UserError("shift of GeometryWeight (λ) must be a number or inf; got nan")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing but the attack's own record."""
+        return frozenset({"kappa"})
+
+    def logarithm(self, kappa: Tensor, budget: int) -> Tensor:
+        """log ω + const (B,), the constant being the same for the whole batch.
+
+        Args:
+            kappa: Geometry values (B,).
+            budget: K, the attack's largest number of steps.
+
+        Raises:
+            UserError: The budget is below 2: κ then cannot rank instances.
+        """
+        if isinstance(self.shift, Schedule):
+            raise UserError(f"shift is still the schedule {self.shift!r}: use method.at(progress) first")
+        if budget < 2:
+            raise UserError(f"GeometryWeight needs an attack of at least 2 steps to rank instances; got {budget}")
+        kappa = kappa.to(torch.float64)
+        if self.shift == math.inf:
+            return torch.zeros_like(kappa)
+        if self.weight == "discrete":
+            return torch.log((budget + 1 - kappa) / (budget + 1))
+        slope = 2.0 if self.weight == "tanh" else 1.0
+        relative = slope * 5 * (1 - 2 * kappa / budget)
+        argument = slope * self.shift + relative
+        # log σ(a) = −softplus(−a) = a − softplus(a). For a negative shift the second form is used without the
+        # constant slope · shift, which would swallow the differences between instances.
+        return relative - F.softplus(argument) if self.shift < 0 else -F.softplus(-argument)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Weights (B,), mean 1 over the global batch, without gradient."""
+        if evidence.kappa is None:
+            raise UserError("GeometryWeight needs an attack that counts κ; this Evidence has none")
+        logarithm = self.logarithm(evidence.kappa, evidence.budget)
+        dtype = torch.get_default_dtype() if evidence.adv is None else evidence.adv.dtype
+        # Detached by construction: κ counts arg-maxes. The weight is a coefficient, not a term.
+        return evidence.batchwide(mean_one, logarithm).to(dtype)
+
+
+@value
+class RankWeight(Signal):
+    """ISEAT's weight: rank of a difficulty within the batch, 1/B for the least and 1 for the most difficult.
+
+    w_i = rank_i / B, rank ascending. The mean is (B + 1) / 2B, not 1, as in the official code. Ties are broken by
+    position in the batch.
+
+    Attributes:
+        difficulty: The signal to rank, usually `LossGap`.
+
+    Example:
+        >>> from instar.signals import Margin
+        >>> from instar.evidence import Evidence
+        >>> z = torch.tensor([[1.0, 0.0], [0.0, 3.0], [5.0, 0.0]])
+        >>> RankWeight(Margin())(Evidence(x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), adv=z))
+        tensor([0.6667, 1.0000, 0.3333])
+
+    Source: Li & Spratling 2023 (ISEAT), official code.
+    """
+
+    difficulty: Signal
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Weights (B,) in (0, 1], without gradient."""
+        return evidence.batchwide(_ranks, self.difficulty(evidence).detach())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    order = values.argsort(stable=True)
+    ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype) / len(values)
+    return torch.empty_like(values).scatter_(0, order, ranks)
