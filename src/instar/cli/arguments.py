@@ -1,0 +1,49 @@
+"""Flags and YAML files over one schema, with errors of one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from instar.config import read_value
+from instar.errors import UserError, unknown
+
+
+def parser(command: str, description: str) -> ArgumentParser:
+    """A parser of one command that raises instead of exiting."""
+    return ArgumentParser(
+        prog=f"instar {command}", description=description, exit_on_error=False, allow_abbrev=False, default_env=False
+    )
+
+
+def expression(text: Any) -> Any:
+    """Type of arguments that are values: ``8/255``, ``tanh``, ``Ramp(0, 0.4, 0.3, 0.7)``."""
+    return read_value(text)
+
+
+def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Parse the words of a command line; dashes in flag names stand for underscores.
+
+    Raises:
+        UserError: An unknown flag (with the nearest ones) or a value that does not fit.
+    """
+    normal = [re.sub(r"^--([\w-]+)", lambda m: "--" + m.group(1).replace("-", "_"), word) for word in words]
+    try:
+        return made.parse_args(normal)
+    except ArgumentError as error:
+        raise _one_line(str(error), made) from None
+
+
+def _one_line(message: str, made: ArgumentParser) -> UserError:
+    flags = [flag[2:] for action in made._actions for flag in action.option_strings if flag.startswith("--")]
+    for pattern in (r"unrecognized arguments: (?:--)?([\w.-]+)", r"Option '([^']+)' is not accepted"):
+        if found := re.search(pattern, message):
+            return unknown("flag", found.group(1), flags)
+    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
+        reason = " ".join(found.group(2).split())
+        reason = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", lambda m: f"expected {m.group(1) or ''}", reason)
+        return UserError(f"--{found.group(1)}: {reason}")
+    return UserError(" ".join(message.split()))

@@ -1,0 +1,144 @@
+"""``instar train RECIPE``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from instar.cli.arguments import expression, parse, parser
+from instar.cli.display import display
+from instar.config import Settings, build_method, find_recipe, read_value, written
+from instar.data import info
+from instar.errors import UserError
+from instar.methods import RECIPES, Recipe
+from instar.train import Interrupted, read_run, train
+
+DESCRIPTION = f"""Train a robust classifier.
+
+RECIPE is one of {", ".join(RECIPES)}, or your own as my_file.py:my_method. `instar explain RECIPE` shows its equations.
+Every flag can stand in a YAML file (--config); --print-config writes one."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Train, resume, or print the configuration.
+
+    Raises:
+        UserError: A mistake in the arguments, or a run that cannot work.
+    """
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words[:1] = ["--recipe", words[0]]
+    name = _recipe_name(words)
+    if name is None and not {"-h", "--help"} & set(words):
+        raise UserError(f"which recipe? instar train RECIPE ..., with one of {', '.join(RECIPES)}")
+    recipe = find_recipe(name) if name else None
+    given = parse(_parser(recipe), words)
+    fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
+    settings = Settings(**fields)
+    arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
+    changes = dict(_change(text) for text in given.set)
+    assert recipe is not None and name is not None  # noqa: S101: --help has left already
+    if given.print_config:
+        print(_yaml(name, recipe, settings, arguments, given), end="")
+        return 0
+    out = given.out or _default_out(name, settings)
+    with display(epochs=settings.epochs, stream=sys.stdout) as show:
+        show.line(f"{name} on {settings.data}, {settings.epochs} epochs, seed {settings.seed} → {out}")
+        try:
+            result = train(
+                recipe if ":" not in name else _named(recipe, name),
+                out=out,
+                resume=given.resume,
+                arguments=arguments,
+                changes=changes,
+                on_event=show,
+                **fields,
+            )
+        except Interrupted as stopped:
+            show.line(str(stopped))
+            return 128 + stopped.signal_number
+    best = result.best
+    print(
+        f"best: epoch {best['epoch'] + 1:.0f}, {best['clean']:.1%} clean, {best['robust']:.1%} under margin PGD-10 "
+        f"on {read_run(out)['selection']['n']} held-out images\n"
+        f"next: instar evaluate {out}"
+    )
+    return 0
+
+
+def _named(recipe: Recipe, name: str) -> Recipe:
+    """A user's recipe keeps its address as its name, so that run.json says where it came from."""
+    recipe.__name__ = name
+    return recipe
+
+
+def _recipe_name(words: Sequence[str]) -> str | None:
+    """The recipe, from the flag or from the YAML file: it decides which flags there are."""
+    found: str | None = None
+    for position, word in enumerate(words):
+        flag, equals, rest = word.partition("=")
+        following = rest if equals else (words[position + 1] if position + 1 < len(words) else "")
+        if flag == "--config" and found is None:
+            found = _from_yaml(Path(following))
+        if flag == "--recipe":
+            return following
+    return found
+
+
+def _from_yaml(path: Path) -> str | None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"the configuration {path} must be a mapping of names to values")
+    return content.get("recipe")
+
+
+def _parser(recipe: Recipe | None) -> ArgumentParser:
+    made = parser("train", DESCRIPTION)
+    made.add_argument("--config", action="config", help="YAML file with any of these settings")
+    made.add_argument("--recipe", type=str, help="the recipe, if it is not the first word")
+    made.add_argument("--out", type=str, default=None, help="folder of the run (default: runs/RECIPE-DATA-seedS)")
+    made.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
+    made.add_argument("--print_config", action="store_true", help="print the configuration as YAML and stop")
+    made.add_class_arguments(Settings)
+    if recipe is not None:
+        group = made.add_argument_group(f"{recipe.__name__} (what is not given is the data set's or recipe's default)")
+        for key, parameter in inspect.signature(recipe).parameters.items():
+            group.add_argument(f"--{key}", type=expression, default=None, help=f"recipe default: {parameter.default!r}")
+    return made
+
+
+def _change(text: str) -> tuple[str, Any]:
+    path, equals, item = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set takes PATH=VALUE, for example attack.eps=4/255; got {text!r}")
+    return path.strip(), read_value(item)
+
+
+def _default_out(name: str, settings: Settings) -> str:
+    last = name.rpartition(":")[2]
+    return str(Path("runs") / f"{last}-{Path(settings.data).name}-seed{settings.seed}")
+
+
+def _yaml(name: str, recipe: Recipe, settings: Settings, arguments: dict[str, Any], given: Any) -> str:
+    """The whole configuration; reading it back gives the same run."""
+    known = info(settings.data, settings.root)
+    changes = dict(_change(text) for text in given.set)
+    method = build_method(recipe, arguments, info=known, settings=settings, changes=changes)
+    content: dict[str, Any] = {"recipe": name}
+    content |= {key: written(item) for key, item in arguments.items() if item is not None}
+    content |= {key: written(getattr(settings, key)) for key in inspect.signature(Settings).parameters}
+    if given.set:
+        content["set"] = list(given.set)
+    if given.out:
+        content["out"] = given.out
+    return f"# {method!r}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,316 @@
+"""The schema of a run: one set of names for flags, YAML files and Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from instar.data import DatasetInfo
+from instar.errors import UserError, unknown
+from instar.expression import assign, express, parse
+from instar.method import Method
+from instar.methods import RECIPES, Recipe
+from instar.signals import CrossEntropy, Signal
+from instar.weightspace import EMA
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a training run but the method.
+
+    Attributes:
+        data: Name of a data set (``instar data list``), or the path of an image folder.
+        root: Folder that data sets lie in; None means the environment's INSTAR_DATA, else a cache folder.
+        size: Height and width for pictures that are decoded on the fly; None means the data set's usual size.
+        model: Name of a network; None takes ``small_cnn`` for images below 32 pixels, else ``resnet18``.
+        width: Channels of the network's first stage; None is the published width.
+        init: Weights to begin from (``.safetensors`` or a foreign checkpoint); None begins from random weights.
+        epochs: Passes over the training split.
+        batch_size: Instances in a step.
+        optimizer: ``sgd`` (with Nesterov momentum) or ``adamw``.
+        lr: Highest learning rate; None means 0.2 for SGD with one-cycle, 0.1 for SGD otherwise, 0.001 for AdamW.
+        schedule: ``one-cycle`` (rises over the first quarter, then falls to 0 by a cosine), ``cosine``, ``piecewise``
+            (a tenth at 50 % and a hundredth at 75 % of the run), or ``constant``.
+        momentum: Momentum of SGD, or β₁ of AdamW.
+        weight_decay: Weight decay.
+        decay_norm: Whether normalisation and biases decay too, as in the published codes.
+        ema: Decay of the averaged weights, which are evaluated and saved; 0 keeps none.
+        label_smoothing: Smoothing of the cross-entropies in the loss, in [0, 1).
+        augment: ``standard`` (random crop and flip where the data set's usual recipe has them) or ``none``.
+        selection: Training images held out to choose the best checkpoint by: a number, or a share below 1. None means
+            1,000, or a tenth of the training set where that is less.
+        precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
+        channels_last: Whether images are laid out as NHWC, which convolutions are faster in.
+        fold: Whether eval-mode attacks run on a copy with BatchNorm folded into the convolutions.
+        save_every: Seconds between saves within an epoch; one is made at each epoch's end anyway.
+        seed: Seed of everything random.
+        device: ``cpu``, ``cuda``, or ``auto``.
+
+    Raises:
+        UserError: A value that is impossible.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    size: int | None = None
+    model: str | None = None
+    width: int | None = None
+    init: str | None = None
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float | None = None
+    schedule: Literal["one-cycle", "cosine", "piecewise", "constant"] = "one-cycle"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_norm: bool = True
+    ema: float = 0.995
+    label_smoothing: float = 0.0
+    augment: Literal["standard", "none"] = "standard"
+    selection: float | None = None
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    channels_last: bool = True
+    fold: bool = True
+    save_every: float = 300.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the numbers and choices."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for entry in dataclasses.fields(self):
+            choices = getattr(_annotation(entry.name), "__args__", ())
+            given = getattr(self, entry.name)
+            if isinstance(given, str) and choices and all(isinstance(c, str) for c in choices) and given not in choices:
+                raise unknown(entry.name, given, choices)
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise UserError(f"lr must be a number of at least 0; got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be in [0, 1); got {self.momentum}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be in [0, 1), for example 0.995, and 0 for none; got {self.ema}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.selection is not None and not self.selection > 0:
+            raise UserError(f"selection must be a positive number of images or a share below 1; got {self.selection}")
+
+    @property
+    def top_lr(self) -> float:
+        """The highest learning rate, with the default filled in."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-3 if self.optimizer == "adamw" else 0.2 if self.schedule == "one-cycle" else 0.1
+
+    def held_out(self, count: int) -> int | float:
+        """How much of a training set of `count` images is held out for selection."""
+        if self.selection is None:
+            return min(1000, count // 10)
+        return int(self.selection) if self.selection >= 1 else self.selection
+
+
+def _annotation(name: str) -> Any:
+    return inspect.get_annotations(Settings, eval_str=True)[name]
+
+
+def learning_rate(settings: Settings, *, update: int, updates: int) -> float:
+    """The learning rate of one optimiser step, a pure function of its number.
+
+    Args:
+        settings: `schedule`, `lr` and `optimizer` are read.
+        update: Number of the step in the run, from 0.
+        updates: Steps in the run.
+
+    Returns:
+        The rate.
+
+    Example:
+        >>> one = Settings(schedule="one-cycle", lr=0.2)
+        >>> [round(learning_rate(one, update=u, updates=100), 4) for u in (0, 24, 25, 99)]
+        [0.008, 0.2, 0.2, 0.0001]
+        >>> steps = Settings(schedule="piecewise", lr=0.1)
+        >>> [round(learning_rate(steps, update=u, updates=100), 4) for u in (49, 50, 75)]
+        [0.1, 0.01, 0.001]
+
+    Source: one-cycle after Smith 2018; piecewise after Rice et al. 2020.
+    """
+    top, done = settings.top_lr, update / updates
+    if settings.schedule == "constant":
+        return top
+    if settings.schedule == "piecewise":
+        return top * (0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0)
+    rise = max(round(0.25 * updates), 1) if settings.schedule == "one-cycle" else 0
+    if update < rise:
+        return top * (update + 1) / rise
+    return top * 0.5 * (1 + math.cos(math.pi * (update - rise) / max(updates - rise, 1)))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a name stands for; ``auto`` prefers a GPU.
+
+    Raises:
+        UserError: PyTorch knows no such device, or cannot use it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The precision of convolutions: bfloat16 where asked for, or where the hardware computes in it.
+
+    Example:
+        >>> choose_precision("float32", torch.device("cpu"))
+        torch.float32
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() if device.type == "cpu" else False
+    return torch.bfloat16 if native else torch.float32
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name, or ``file.py:function`` / ``package.module:function`` for one of your own.
+
+    The latter two run the user's code, and are the only way to do so.
+
+    Raises:
+        UserError: No such recipe, file or function.
+
+    Example:
+        >>> find_recipe("gairat").__name__
+        'gairat'
+    """
+    if ":" not in name:
+        if name not in RECIPES:
+            raise unknown("recipe", name, RECIPES)
+        return RECIPES[name]
+    where, _, function = name.rpartition(":")
+    if where.endswith(".py"):
+        path = Path(where).resolve()
+        if not path.is_file():
+            raise UserError(f"there is no file {where} to take the recipe {function!r} from")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"{where} cannot be imported as Python")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise UserError(f"cannot import {where!r} for the recipe {name!r}: {error}") from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        functions = [n for n, item in vars(module).items() if callable(item) and not n.startswith("_")]
+        raise unknown(f"function in {where}", function, functions)
+    recipe: Recipe = found
+    return recipe
+
+
+def build_method(
+    recipe: Recipe,
+    arguments: Mapping[str, Any],
+    *,
+    info: DatasetInfo,
+    settings: Settings,
+    changes: Mapping[str, Any] | None = None,
+) -> Method:
+    """The method that a recipe and its arguments make on a data set.
+
+    The threat model a user leaves open (norm, eps, step size, steps) is the data set's usual one. An eps without a
+    step size takes a quarter of it. Then come the weight average and label smoothing of the settings, then `changes`.
+
+    Args:
+        recipe: A function that returns a `Method`.
+        arguments: The recipe's arguments that were given; None stands for not given.
+        info: The data set.
+        settings: `ema` and `label_smoothing` are read.
+        changes: Dotted paths into the method and their new values, as of ``--set``.
+
+    Returns:
+        The method.
+
+    Raises:
+        UserError: An unknown argument or path, or a value that is refused.
+    """
+    accepted = inspect.signature(recipe).parameters
+    given = {name: item for name, item in arguments.items() if item is not None}
+    for name in given:
+        if name not in accepted:
+            raise unknown(f"argument of {recipe.__name__}", name, accepted)
+    norm = str(given.get("norm", info.norm))
+    if norm.lower() != info.norm.lower() and "eps" not in given and "eps" in accepted:
+        raise UserError(f"eps is needed with norm {norm}: the usual eps of {info.name} is for {info.norm}")
+    usual: dict[str, Any] = {"norm": info.norm, "eps": info.eps, "steps": info.steps, "step_size": info.step_size}
+    if isinstance(given.get("eps"), (int, float)):
+        usual["step_size"] = given["eps"] / 4
+    method = recipe(**{name: item for name, item in usual.items() if name in accepted} | given)
+    if not isinstance(method, Method):
+        raise UserError(f"a recipe must return a Method; {recipe.__name__} returned {type(method).__name__}")
+    if settings.ema and method.average is None:
+        method = dataclasses.replace(method, average=EMA(settings.ema))
+    if settings.label_smoothing:
+        method = dataclasses.replace(method, loss=smoothed(method.loss, settings.label_smoothing))
+    for path, item in (changes or {}).items():
+        method = assign(method, path, item)
+    return method
+
+
+def smoothed(loss: Signal, smoothing: float) -> Signal:
+    """`loss` with label smoothing in every cross-entropy it adds up.
+
+    Example:
+        >>> smoothed(2 * CrossEntropy("clean"), 0.1)
+        2 * CrossEntropy('clean', smoothing=0.1)
+    """
+    if isinstance(loss, CrossEntropy):
+        return dataclasses.replace(loss, smoothing=smoothing)
+    parts = {
+        entry.name: smoothed(getattr(loss, entry.name), smoothing)
+        for entry in dataclasses.fields(loss)  # type: ignore[arg-type]
+        if isinstance(getattr(loss, entry.name), Signal)
+    }
+    return dataclasses.replace(loss, **parts) if parts else loss  # type: ignore[type-var]
+
+
+def read_value(text: Any) -> Any:
+    """A value as a user types it: an expression, or a single word. What is not text stays as it is.
+
+    Example:
+        >>> read_value("8/255") == 8 / 255, read_value("tanh"), read_value(3)
+        (True, 'tanh', 3)
+    """
+    return parse(text, words=True) if isinstance(text, str) else text
+
+
+def written(item: Any) -> Any:
+    """A value as YAML and JSON hold it: plain numbers and words stay, everything else becomes its expression.
+
+    Example:
+        >>> written(8 / 255), written(3), written(float("inf"))
+        ('8/255', 3, 'inf')
+    """
+    if isinstance(item, (bool, int, str, type(None))):
+        return item
+    text = express(item)
+    return item if isinstance(item, float) and text == repr(item) and math.isfinite(item) else text

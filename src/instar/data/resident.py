@@ -1,0 +1,168 @@
+"""The loader: images lie as uint8 where the model is, and a batch is a gather, an augmentation and a division by 255.
+
+Order and augmentation are functions of (seed, epoch, step) alone. So nothing about the loader needs saving: asked for
+the same epoch from a later step, it gives exactly the batches that an uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from instar.data.indexed import Images, ResidentImages, as_float, check_values
+from instar.data.splits import Split
+from instar.errors import UserError
+from instar.evidence import Batch
+from instar.randomness import generator
+
+
+def steps_per_epoch(split: Split, batch_size: int, drop_last: bool) -> int:
+    """Batches in one epoch.
+
+    Args:
+        split: What is iterated over.
+        batch_size: Instances a batch, ≥ 1.
+        drop_last: Whether a last, smaller batch is left out.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        UserError: `batch_size` is not positive.
+
+    Example:
+        >>> from instar.data.sources import load
+        >>> from instar.data.splits import TrainSplit
+        >>> split = TrainSplit(load("digits"))
+        >>> steps_per_epoch(split, 128, drop_last=True), steps_per_epoch(split, 128, drop_last=False)
+        (11, 12)
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1; got {batch_size}")
+    return len(split) // batch_size if drop_last else -(-len(split) // batch_size)
+
+
+def epoch_order(split: Split, *, epoch: int, seed: int, shuffle: bool) -> Tensor:
+    """Official positions (n,) in the order in which an epoch visits them.
+
+    Args:
+        split: What is iterated over.
+        epoch: Epoch, from 0.
+        seed: The run's seed.
+        shuffle: False keeps the order of `split.indices`.
+
+    Returns:
+        A permutation of ``split.indices``, equal for equal seed and epoch on every machine.
+
+    Example:
+        >>> from instar.data.sources import load
+        >>> from instar.data.splits import TrainSplit
+        >>> split = TrainSplit(load("digits"))
+        >>> first, second = (epoch_order(split, epoch=epoch, seed=0, shuffle=True) for epoch in (0, 1))
+        >>> bool((first == second).all()), bool((first.sort().values == split.indices).all())
+        (False, True)
+    """
+    if not shuffle:
+        return split.indices
+    return split.indices[torch.randperm(len(split), generator=generator(seed, epoch=epoch, purpose="order"))]
+
+
+def batches(
+    split: Split,
+    *,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    first_step: int = 0,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """The batches of one epoch, each instance with its official position.
+
+    Args:
+        split: What is iterated over.
+        batch_size: Instances a batch, ≥ 1.
+        epoch: Epoch, from 0; with `seed` it decides the order and the augmentation.
+        seed: The run's seed.
+        shuffle: True for training; False visits ``split.indices`` in order.
+        drop_last: Whether a last, smaller batch is left out. BatchNorm is better off without a tiny one.
+        augment: For example ``standard(info)``; it gets a generator keyed by (seed, epoch, step). None leaves the
+            images as they are.
+        device: Where the batch is wanted. Images in memory are copied there once, as uint8, if they fit.
+        first_step: Step to begin at, from 0: the remaining batches of an interrupted epoch, bit for bit.
+        limit: Step to stop before, counted from the beginning of the epoch whatever `first_step` is; None means the
+            whole epoch.
+
+    Yields:
+        `Batch` with x float32 (B, C, H, W) in [0, 1], y (B,) and index (B,), the official positions, all on `device`.
+
+    Raises:
+        UserError: a batch size below 1, a step outside the epoch, or images that cannot be read or leave [0, 1].
+
+    Example:
+        >>> from instar.data.sources import load
+        >>> from instar.data.splits import TrainSplit
+        >>> split = TrainSplit(load("digits"))
+        >>> batch = next(batches(split, batch_size=4, epoch=0, seed=0, shuffle=True, drop_last=True))
+        >>> batch.x.shape, bool((batch.y == split.images.labels[batch.index]).all())
+        (torch.Size([4, 1, 8, 8]), True)
+    """
+    total = steps_per_epoch(split, batch_size, drop_last)
+    if not 0 <= first_step <= total:
+        raise UserError(f"first_step must be in 0..{total} for an epoch of {total} steps; got {first_step}")
+    if limit is not None and limit < 0:
+        raise UserError(f"limit must be 0 or more steps; got {limit}")
+    last_step = total if limit is None else min(limit, total)
+    # An ordinary function around the generator: arguments are checked when it is called, not at the first batch.
+    return _batches(split, batch_size, epoch, seed, shuffle, augment, torch.device(device), first_step, last_step)
+
+
+def _batches(
+    split: Split,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+    device: torch.device,
+    first_step: int,
+    last_step: int,
+) -> Iterator[Batch]:
+    order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
+    chunks = [order[step * batch_size : (step + 1) * batch_size] for step in range(first_step, last_step)]
+    labels = split.images.labels
+    for step, (positions, images) in enumerate(_fetched(split.images, chunks, device), start=first_step):
+        moved = images.to(device, non_blocking=True)
+        if augment is not None:
+            moved = augment(moved, generator(seed, epoch=epoch, step=step, purpose="augment"))
+        yield Batch(as_float(moved), labels[positions].to(device), positions.to(device))
+
+
+def _fetched(images: Images, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and images of each chunk; images that must be decoded are decoded one batch ahead."""
+    if isinstance(images, ResidentImages):
+        resident = images.on(device)
+        for positions in chunks:
+            yield positions, resident.fetch(positions)
+        return
+    ahead = ThreadPoolExecutor(1, thread_name_prefix="instar-prefetch")
+    try:
+        pending: Future[Tensor] | None = None
+        for number, positions in enumerate(chunks):
+            current = pending or ahead.submit(_checked, images, positions)
+            pending = ahead.submit(_checked, images, chunks[number + 1]) if number + 1 < len(chunks) else None
+            yield positions, current.result()
+    finally:  # also reached when the consumer stops early or is interrupted
+        ahead.shutdown(wait=False, cancel_futures=True)
+
+
+def _checked(images: Images, positions: Tensor) -> Tensor:
+    fetched = images.fetch(positions)
+    check_values(fetched, what=images.info.name)
+    return fetched

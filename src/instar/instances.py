@@ -1,0 +1,103 @@
+"""What is known about every training instance: one row each, kept on the device, written to disk once an epoch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from instar.errors import UserError
+from instar.models.files import write_atomically
+
+NEVER = -1
+"""Value of ``seen`` for an instance that was not trained on yet."""
+
+COLUMNS: dict[str, torch.dtype] = {
+    "seen": torch.int32,
+    "kappa": torch.int16,
+    "loss": torch.float32,
+    "correct": torch.uint8,
+}
+"""Columns of every table: the epoch an instance was last trained in, its κ, its loss, and whether the adversarial image
+was classified correctly in the training forward."""
+
+
+class InstanceTable:
+    """Rows of all training instances, by their position in the official training set.
+
+    Args:
+        size: Number of rows N.
+        remembered: Names of further float32 columns, which a method remembers.
+        device: Where the rows are kept.
+
+    Raises:
+        UserError: A remembered name is taken by a column of every table.
+
+    Example:
+        >>> table = InstanceTable(4)
+        >>> table.write(torch.tensor([2]), {"kappa": torch.tensor([7])})
+        >>> table.rows(torch.tensor([2, 3]))["kappa"]
+        tensor([7, 0], dtype=torch.int16)
+    """
+
+    def __init__(
+        self, size: int, *, remembered: tuple[str, ...] = (), device: str | torch.device = "cpu"
+    ) -> None:
+        if taken := set(remembered) & set(COLUMNS):
+            raise UserError(f"a method cannot remember {', '.join(sorted(taken))}: every instance table has it already")
+        kinds = COLUMNS | dict.fromkeys(remembered, torch.float32)
+        self.columns: dict[str, Tensor] = {
+            name: torch.zeros(size, dtype=kind, device=device) for name, kind in kinds.items()
+        }
+        self.columns["seen"].fill_(NEVER)
+
+    def __len__(self) -> int:
+        """Number of rows N."""
+        return len(self.columns["seen"])
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows (B,) of every column at positions `index` (B,)."""
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def write(self, index: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Write `values` (name → (B,)) into the rows `index` (B,), without waiting for the device.
+
+        Raises:
+            UserError: No such column.
+        """
+        for name, new in values.items():
+            if name not in self.columns:
+                raise UserError(f"the instance table has no column {name!r}; it has {', '.join(self.columns)}")
+            self.columns[name][index] = new.detach().to(self.columns[name].dtype)
+
+    def mean(self, name: str, *, epoch: int) -> float:
+        """Mean of a column over the instances trained on in `epoch`; NaN if there are none."""
+        chosen = self.columns["seen"] == epoch
+        return float(self.columns[name][chosen].double().mean()) if bool(chosen.any()) else float("nan")
+
+    def save(self, path: Path) -> None:
+        """Write all columns as a compressed ``.npz`` of plain arrays (N,), whole or not at all.
+
+        Raises:
+            UserError: The disk is full or read-only.
+        """
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: column.cpu().numpy() for name, column in self.columns.items()})
+        write_atomically(path, buffer.getvalue())
+
+
+def read_instances(path: Path) -> dict[str, np.ndarray]:
+    """The arrays (N,) that `InstanceTable.save` wrote, without the right to run code.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"cannot read the instance table {path}: {error}") from None

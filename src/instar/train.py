@@ -1,0 +1,684 @@
+"""The machine around the training step: data in, steps, selection, records and checkpoints out. It knows no method."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import instar
+from instar.attacks import PGD, Folded
+from instar.config import (
+    Settings,
+    build_method,
+    choose_device,
+    choose_precision,
+    find_recipe,
+    learning_rate,
+    written,
+)
+from instar.checkpoint import State, load_state, save_state
+from instar.data import (
+    Images,
+    NoAugmentation,
+    SelectionSplit,
+    TrainSplit,
+    batches,
+    from_dataset,
+    hold_out,
+    load,
+    require_selection,
+    standard,
+    steps_per_epoch,
+)
+from instar.errors import UserError
+from instar.evidence import Batch
+from instar.instances import InstanceTable
+from instar.method import Method
+from instar.methods import Recipe
+from instar.models import create, load_foreign, origin, parameter_groups, save
+from instar.models.files import write_atomically
+from instar.randomness import generator, key
+from instar.schedules import Progress
+from instar.signals import Margin
+from instar.step import Loss, training_step
+from instar.weightspace.average import averaged_copy
+
+SELECTION_STEPS = 10
+"""Steps of the margin PGD by which the best checkpoint is chosen."""
+
+RESUME = "go on with --resume"
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, saved its state and stopped.
+
+    Attributes:
+        signal_number: The signal that asked, for the exit status.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Event after an optimiser step; read its numbers lazily, since each read waits for the device.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        step: Step in the epoch, from 0.
+        steps: Steps in an epoch.
+        images: Instances in the step.
+        loss: Per-instance losses (B,), detached.
+        correct: Whether each adversarial image was classified correctly (B,).
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    images: int
+    loss: Tensor
+    correct: Tensor
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """Event after an epoch: the line that ``log.jsonl`` got.
+
+    Attributes:
+        record: Field names and values of the line.
+        epochs: Epochs in the run.
+    """
+
+    record: Mapping[str, Any]
+    epochs: int
+
+
+Event = StepDone | EpochDone
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        out: Its folder.
+        log: The lines of ``log.jsonl``.
+        best: Epoch and accuracies (in [0, 1]) of the best checkpoint on the selection split.
+        model: The evaluation weights at the end of training.
+    """
+
+    out: Path
+    log: list[dict[str, Any]]
+    best: dict[str, float]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that stays the same while a run goes on."""
+
+    method: Method
+    settings: Settings
+    out: Path
+    train: TrainSplit
+    selection: SelectionSplit
+    rows: int
+    device: torch.device
+    precision: torch.dtype
+    fingerprint: str
+    on_event: Callable[[Event], None]
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.train, self.settings.batch_size, True)
+
+
+def train(
+    recipe: str | Recipe | Method,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    data: str | Images | Any = "digits",
+    model: str | nn.Module | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a robust classifier and write everything that explains it into a folder.
+
+    The folder gets ``run.json`` (the whole configuration), ``log.jsonl`` (a line an epoch), ``checkpoints/`` (``best``
+    and ``last`` weights, and the state to resume from) and ``instances/`` (a row for every training instance, once an
+    epoch). The best checkpoint is chosen by margin PGD-10 on images held out of the training set; test images are
+    never touched.
+
+    Args:
+        recipe: Name of a recipe, a function that returns a `Method`, or a method.
+        out: Folder of the run. It must be empty or absent, unless `resume` is set.
+        resume: Go on with the run in `out`, exactly as if it had not been interrupted.
+        data: Name of a data set, `Images`, or any torch Dataset of pairs (image, label).
+        model: Name of a network, or a module that maps images (B, C, H, W) in [0, 1] to logits (B, K).
+        arguments: Arguments of the recipe.
+        changes: Dotted paths into the method and their values: ``{"attack.eps": 4 / 255}``.
+        on_event: Called after each step and each epoch.
+        **settings: Fields of `Settings`: ``epochs``, ``batch_size``, ``seed``, ...
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: A setting, file or value that cannot work; nothing is lost that was computed before.
+        Interrupted: SIGINT or SIGTERM came; the state is saved and `resume` goes on from it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> done = train("pgd_at", out=folder, epochs=1, width=4, batch_size=256, arguments={"steps": 1})
+        >>> sorted(p.name for p in done.out.iterdir())
+        ['checkpoints', 'instances', 'log.jsonl', 'run.json']
+    """
+    fields = {entry.name for entry in dataclasses.fields(Settings)}
+    for name in settings:
+        if name not in fields:
+            raise instar.errors.unknown("setting", name, fields)
+    named_data = data if isinstance(data, str) else "custom"
+    named_model = model if isinstance(model, str) else None
+    chosen = Settings(**{**settings, "data": named_data, "model": named_model})
+    images = _images(data, chosen)
+    info = images.info
+    if isinstance(recipe, Method):
+        if arguments:
+            raise UserError("arguments belong to a recipe; a Method has them already")
+        method = recipe
+        for path, item in (changes or {}).items():
+            method = instar.expression.assign(method, path, item)
+    else:
+        found = find_recipe(recipe) if isinstance(recipe, str) else recipe
+        method = build_method(found, arguments or {}, info=info, settings=chosen, changes=changes)
+    for epoch in range(chosen.epochs):  # every number that a schedule will ever give is checked before the start
+        method.at(Progress(epoch=epoch, epochs=chosen.epochs))
+    device = choose_device(chosen.device)
+    precision = choose_precision(chosen.precision, device)
+    network = _network(model, chosen, images).to(device)
+    _check_requirement(method, network)
+    if chosen.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if chosen.init:
+        load_foreign(chosen.init, network)
+    train_split, selection = hold_out(images, selection=chosen.held_out(len(images)), seed=chosen.seed)
+    described = _describe(recipe, method, chosen, network, images, selection, device, precision)
+    fingerprint = _fingerprint(described)
+    folder = Path(out)
+    _prepare_folder(folder, described, fingerprint, resume=resume)
+    run = _Run(
+        method=method,
+        settings=chosen,
+        out=folder,
+        train=train_split,
+        selection=require_selection(selection),
+        rows=len(images),
+        device=device,
+        precision=precision,
+        fingerprint=fingerprint,
+        on_event=on_event or (lambda event: None),
+    )
+    if run.steps == 0:
+        raise UserError(
+            f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}"
+        )
+    state = _fresh_state(run, network)
+    if resume:
+        load_state(state, folder / "checkpoints" / "state.safetensors", fingerprint=fingerprint)
+    return _train(run, state)
+
+
+def _images(data: Any, settings: Settings) -> Images:
+    if isinstance(data, str):
+        return load(data, split="train", root=settings.root, size=settings.size)
+    return data if isinstance(data, Images) else from_dataset(data)
+
+
+def _network(model: str | nn.Module | None, settings: Settings, images: Images) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    channels, height, _ = images.shape
+    name = settings.model or ("small_cnn" if height < 32 else "resnet18")
+    return create(
+        name,
+        classes=len(images.classes),
+        channels=channels,
+        image_size=height,
+        width=settings.width,
+        mean=images.info.mean,
+        std=images.info.std,
+        seed=key(settings.seed, purpose="weights"),
+    )
+
+
+def _check_requirement(method: Method, network: nn.Module) -> None:
+    if method.requires == "cosine head" and type(getattr(network, "head", None)).__name__ != "Cosine":
+        raise UserError("this method needs a model with a cosine head; build it with head='cosine'")
+
+
+def _describe(
+    recipe: str | Recipe | Method,
+    method: Method,
+    settings: Settings,
+    network: nn.Module,
+    images: Images,
+    selection: SelectionSplit,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, Any]:
+    """The contents of ``run.json``."""
+    built = origin(network)
+    ball = getattr(method.attack, "ball", None)
+    name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", "custom")
+    kept = {entry.name: written(getattr(settings, entry.name)) for entry in dataclasses.fields(settings)}
+    return {
+        "recipe": name if isinstance(name, str) else "custom",
+        "method": repr(method),
+        "training": kept,
+        "data": {
+            "name": images.info.name,
+            "path": settings.data,
+            "size": images.shape[1],
+            "train_images": len(images) - len(selection),
+            "classes": list(images.classes),
+        },
+        "model": {
+            "name": built.architecture if built else type(network).__name__,
+            "arguments": dict(built.arguments) if built else None,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+        "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
+        "selection": {"n": len(selection), "rule": f"margin PGD-{SELECTION_STEPS}", "seed": settings.seed},
+        "hardware": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "precision": str(precision).removeprefix("torch."),
+        "versions": {
+            "instar": instar.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "git": _git_state(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the checkout that the package lies in; None outside of one."""
+    git = shutil.which("git")
+    here = Path(__file__).resolve().parent
+    if git is None:
+        return None
+    answers = []
+    for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", ".")):
+        asked = subprocess.run([git, *question], cwd=here, capture_output=True, text=True, check=False)
+        if asked.returncode:
+            return None
+        answers.append(asked.stdout.strip())
+    return {"commit": answers[0], "clean": not answers[1]}
+
+
+_IRRELEVANT = ("root", "save_every", "device")
+
+
+def _fingerprint(described: Mapping[str, Any]) -> str:
+    """What must be equal for a resume: everything that decides the numbers, and nothing about where they are made."""
+    training = {name: item for name, item in described["training"].items() if name not in _IRRELEVANT}
+    data = {name: item for name, item in described["data"].items() if name != "path"}
+    core = {
+        "method": described["method"],
+        "training": {name: item for name, item in training.items() if name != "data"},
+        "data": data,
+        "model": described["model"],
+        "precision": described["precision"],
+    }
+    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str, *, resume: bool) -> None:
+    if resume:
+        stored = read_run(folder)
+        if stored.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{folder} holds another run: {_difference(stored, described)}. Start into a new folder, or resume "
+                "with the settings of the run"
+            )
+        return
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: {RESUME}, or choose another --out")
+        for part in ("checkpoints", "instances"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        content = json.dumps({**described, "fingerprint": fingerprint}, indent=2, ensure_ascii=False)
+        write_atomically(folder / "run.json", content.encode())
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The contents of a run's ``run.json``.
+
+    Raises:
+        UserError: The folder holds no run, or the file is damaged.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no run (there is no {path.name} in it)") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return stored
+
+
+def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
+    for group in ("method", "precision"):
+        if stored.get(group) != described[group]:
+            return f"its {group} is {stored.get(group)}, not {described[group]}"
+    for group in ("training", "data", "model"):
+        before, now = stored.get(group) or {}, described[group]
+        for name in now:
+            if before.get(name) != now[name] and name not in (*_IRRELEVANT, "path"):
+                return f"its {group} setting {name} is {before.get(name)!r}, not {now[name]!r}"
+    return "its configuration differs"
+
+
+def _fresh_state(run: _Run, network: nn.Module) -> State:
+    settings = run.settings
+    groups = parameter_groups(network, settings.weight_decay, decay_norm=settings.decay_norm)
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=settings.top_lr, betas=(settings.momentum, 0.999))
+    else:
+        nesterov = settings.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=settings.top_lr, momentum=settings.momentum, nesterov=nesterov)
+    remembered = tuple(name for name, _ in run.method.remember)
+    return State(
+        model=network,
+        optimizer=optimizer,
+        table=InstanceTable(run.rows, remembered=remembered, device=run.device),
+        average=averaged_copy(network) if run.method.average is not None else None,
+    )
+
+
+def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
+    """The copy that eval-mode attacks run on, or None where the model or the method does not allow one."""
+    if not run.settings.fold or getattr(run.method.attack, "mode", None) != "eval":
+        return None
+    half = None if run.precision == torch.float32 else run.precision
+    try:
+        return Folded(network, dtype=half, channels_last=run.settings.channels_last)
+    except Exception as error:  # noqa: BLE001: user models fail to trace in any way they like; the model itself then serves
+        warnings.warn(
+            f"the attack runs on the model itself, which is slower: it cannot be traced ({str(error).splitlines()[0]})",
+            stacklevel=2,
+        )
+        return None
+
+
+def _train(run: _Run, state: State) -> Result:
+    stand_in = _stand_in(run, state.model)
+    log_path = run.out / "log.jsonl"
+    log = _rewind_log(log_path, state.epoch)
+    with _stop_requests() as requested:
+        while state.epoch < run.settings.epochs:
+            _epoch(run, state, stand_in, requested)
+            record = _finish_epoch(run, state)
+            log.append(record)
+            _write_log(log_path, log)
+            _save_state(run, state)
+            run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
+            if requested and state.epoch < run.settings.epochs:
+                raise _interrupted(run, state, requested[0])
+    return Result(out=run.out, log=log, best=state.best, model=_evaluated(state))
+
+
+def _evaluated(state: State) -> nn.Module:
+    """The weights that are selected, saved and evaluated: the average where there is one."""
+    return state.average if state.average is not None else state.model
+
+
+def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int]) -> None:
+    """Train from ``state.step`` to the end of the epoch."""
+    settings, epoch = run.settings, state.epoch
+    state.model.train()
+    updates = run.steps * settings.epochs
+    saved = started = time.monotonic()
+    counted = state.seconds
+    stream = batches(
+        run.train,
+        batch_size=settings.batch_size,
+        epoch=epoch,
+        seed=settings.seed,
+        shuffle=True,
+        drop_last=True,
+        augment=standard(run.train.images.info) if settings.augment == "standard" else NoAugmentation(),
+        device=run.device,
+        first_step=state.step,
+    )
+    for batch in stream:
+        step = state.step
+        rate = learning_rate(settings, update=state.updates, updates=updates)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        computed = _step(run, state, stand_in, batch, Progress(epoch, settings.epochs, step, run.steps))
+        correct = _record(state.table, batch, computed, epoch)
+        state.step, state.updates = step + 1, state.updates + 1
+        state.seconds = counted + time.monotonic() - started
+        run.on_event(StepDone(epoch, step, run.steps, len(batch), computed.loss.detach(), correct))
+        if requested:
+            _save_state(run, state)
+            raise _interrupted(run, state, requested[0])
+        if time.monotonic() - saved > settings.save_every:
+            _save_state(run, state)
+            saved = time.monotonic()
+
+
+def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> Loss:
+    """One optimiser step with its average; random numbers are keyed by where the run stands."""
+    where = {"epoch": progress.epoch, "step": progress.step}
+    seed, index = run.settings.seed, batch.index
+    assert index is not None  # noqa: S101: every batch of the loader carries its positions
+    torch.manual_seed(key(seed, purpose="model", **where))  # dropout and the like draw from the global generator
+    if stand_in is not None:
+        stand_in.refresh(state.model)
+    half = run.precision != torch.float32
+    with torch.autocast(run.device.type, dtype=run.precision if half else torch.bfloat16, enabled=half):
+        computed, remembered = training_step(
+            state.model,
+            run.method,
+            dataclasses.replace(batch, memory=state.table.rows(index)),
+            state.optimizer,
+            progress=progress,
+            generator=generator(seed, purpose="attack", device=run.device, **where),
+            attacked=stand_in,
+        )
+    state.table.write(index, remembered)
+    if state.average is not None and run.method.average is not None:
+        run.method.average.update(state.average, state.model, state.updates)
+    return computed
+
+
+def _record(table: InstanceTable, batch: Batch, computed: Loss, epoch: int) -> Tensor:
+    """Write what is known of every run into the instance table; returns which instances were classified correctly."""
+    evidence = computed.evidence
+    logits = evidence.adv if evidence.adv is not None else evidence.clean
+    correct = torch.zeros_like(batch.y, dtype=torch.bool) if logits is None else logits.argmax(1) == batch.y
+    assert batch.index is not None  # noqa: S101: every batch of the loader carries its positions
+    table.write(
+        batch.index,
+        {
+            "seen": torch.full_like(batch.y, epoch),
+            "kappa": computed.adversary.kappa,
+            "loss": computed.loss,
+            "correct": correct,
+        },
+    )
+    return correct
+
+
+def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
+    """Measure on the selection split, keep checkpoints and the instance table, and move on to the next epoch."""
+    epoch = state.epoch
+    loss = state.table.mean("loss", epoch=epoch)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} in epoch {epoch}: the learning rate {run.settings.top_lr:g} may be too high. "
+            f"Checkpoints up to epoch {epoch - 1} are kept in {run.out / 'checkpoints'}"
+        )
+    evaluated = _evaluated(state)
+    clean, robust = selection_accuracy(run.method, evaluated, run.selection, seed=run.settings.seed, device=run.device)
+    rate = learning_rate(run.settings, update=state.updates - 1, updates=run.steps * run.settings.epochs)
+    record = {
+        "epoch": epoch,
+        "lr": rate,
+        "train_loss": loss,
+        "train_robust": state.table.mean("correct", epoch=epoch),
+        "train_kappa": state.table.mean("kappa", epoch=epoch),
+        "selection_clean": clean,
+        "selection_robust": robust,
+        "seconds": round(state.seconds, 3),
+    }
+    card = {"epoch": epoch, "selection": {"clean": clean, "robust": robust, "rule": f"margin PGD-{SELECTION_STEPS}"}}
+    checkpoints = run.out / "checkpoints"
+    context = _card(run, evaluated) | card
+    if not state.best or robust > state.best["robust"]:
+        state.best = {"epoch": epoch, "clean": clean, "robust": robust}
+        save(evaluated, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
+    save(evaluated, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
+    state.table.save(run.out / "instances" / f"epoch_{epoch:03d}.npz")
+    state.epoch, state.step = epoch + 1, 0
+    return record
+
+
+def _card(run: _Run, network: nn.Module) -> dict[str, Any]:
+    info = run.train.images.info
+    ball = getattr(run.method.attack, "ball", None)
+    return {
+        "dataset": info.name,
+        "class_names": list(info.classes),
+        "method": repr(run.method),
+        "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
+        "seed": run.settings.seed,
+        "weights": "average" if run.method.average is not None else "online",
+    }
+
+
+def selection_accuracy(
+    method: Method, model: nn.Module, split: SelectionSplit, *, seed: int, device: torch.device
+) -> tuple[float, float]:
+    """Clean accuracy, and accuracy under margin PGD-10 in the method's threat model, on held-out training images.
+
+    The margin loss is used because methods that reweight instances flatten the logits, which misleads cross-entropy.
+
+    Args:
+        method: Its attack's ball is used; a method without one is measured without attack.
+        model: The weights to measure; its modes are left as found.
+        split: Images held out of the training set. A test split is refused.
+        seed: Seed of the attack's start; the same images get the same start in every epoch.
+        device: Where to compute.
+
+    Returns:
+        Clean and robust accuracy in [0, 1]; an image is robust if no iterate of the attack is misclassified.
+
+    Raises:
+        UserError: `split` is not a selection split.
+    """
+    split = require_selection(split)
+    ball = getattr(method.at(Progress(epoch=1, epochs=1)).attack, "ball", None)
+    attack = None
+    if ball is not None:
+        attack = PGD(ball, Margin(), steps=SELECTION_STEPS, step_size=ball.radius / 4)
+    frozen: nn.Module = model
+    with contextlib.suppress(Exception):  # a model that cannot be traced is attacked itself
+        frozen = Folded(model)
+    right = safe = 0
+    stream = batches(split, batch_size=500, epoch=0, seed=seed, shuffle=False, drop_last=False, device=device)
+    was_training = model.training
+    model.eval()
+    for number, batch in enumerate(stream):
+        with torch.no_grad():
+            clean = model(batch.x).argmax(1) == batch.y
+        right += int(clean.sum())
+        if attack is None:
+            safe += int(clean.sum())
+            continue
+        draws = generator(seed, step=number, purpose="selection", device=device)
+        found = attack(frozen, batch, generator=draws)
+        with torch.no_grad():
+            final = model(found.x).argmax(1) == batch.y
+        safe += int((clean & final & (found.kappa == found.inspected)).sum())
+    model.train(was_training)
+    return right / len(split), safe / len(split)
+
+
+def _rewind_log(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """The log's lines of epochs before `epoch`: what a kill between log and checkpoint left over is computed again."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["epoch"] < epoch:
+                lines.append(record)
+    return lines
+
+
+def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in log).encode())
+
+
+def _save_state(run: _Run, state: State) -> None:
+    save_state(state, run.out / "checkpoints" / "state.safetensors", fingerprint=run.fingerprint)
+
+
+def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    where = f"epoch {state.epoch}, step {state.step} of {run.steps}"
+    return Interrupted(f"{name}: saved at {where} in {run.out}; {RESUME}", number)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step can be finished and saved; the second one stops at once."""
+    requested: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(number)
+
+    found = {}
+    with contextlib.suppress(ValueError):  # handlers can only be set in the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            found[number] = signal.signal(number, note)
+    try:
+        yield requested
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
