@@ -15,7 +15,11 @@ from instar.errors import UserError, unknown
 def parser(command: str, description: str) -> ArgumentParser:
     """A parser of one command that raises instead of exiting."""
     return ArgumentParser(
-        prog=f"instar {command}", description=description, exit_on_error=False, allow_abbrev=False, default_env=False
+        prog=f"instar {command}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # commands that have --print-config print what was resolved, not what was typed
     )
 
 
