@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from instar.data.catalogue import CATALOGUE, SPLITS, DatasetInfo
+from instar.data.catalogue import SPLITS, DatasetInfo
 from instar.data.checksums import ARRAYS_SHA256, FILES_MD5, file_sum
 from instar.data.indexed import Images, as_float
 from instar.data.sources import LAYOUTS, canonical, find, load, resolve_root
@@ -129,17 +129,20 @@ def check(name: str | Path, root: Path | str | None = None, *, size: int | None 
     if repeated:
         notes.append(f"{repeated} training image{'s are copies' if repeated > 1 else ' is a copy'} of another one")
     files: dict[str, bool] = {}
-    place, form = "scikit-learn" if known == "digits" else str(name), "image folder"
-    if known in LAYOUTS:
+    place, form = str(name), "image folder"
+    if known is not None and known in LAYOUTS:
         layout, folder = find(known, root=resolve_root(root), split="train")
         place, form = str(folder), layout.title
-        published = FILES_MD5.get(known, {})
+        published = FILES_MD5[known]
         for path in [path for split in SPLITS for path in layout.paths(folder, split)]:
             if path.name in published:
                 files[path.name] = file_sum(path) == published[path.name]
-        problems += [f"{folder / each}: MD5 differs from the published one" for each, right in files.items() if not right]
+        problems += [
+            f"{folder / each}: MD5 differs from the published one" for each, right in files.items() if not right
+        ]
     elif known is not None:
-        place, form = ("scikit-learn", "bundled") if known == "digits" else (str(resolve_root(root)), "official folders")
+        place = "scikit-learn" if known == "digits" else str(resolve_root(root))
+        form = "bundled with the library" if known == "digits" else "official folders"
     return Report(info, place, form, tuple(reports), files, tuple(notes), tuple(problems))
 
 
@@ -147,8 +150,8 @@ def report_is_far(report: SplitReport, info: DatasetInfo) -> bool:
     """Whether the measured channel means are further from the official ones than rounding explains.
 
     Example:
-        >>> report = check("digits").splits[0]
-        >>> report_is_far(report, CATALOGUE["digits"])
+        >>> report = check("digits")
+        >>> report_is_far(report.splits[0], report.info)
         False
     """
     return max(abs(got - stated) for got, stated in zip(report.mean, info.mean, strict=True)) > _MEAN_TOLERANCE
@@ -183,7 +186,7 @@ def _measure(images: Images, split: str, known: str | None, problems: list[str])
         array = np.ascontiguousarray(chunk.numpy())
         for channel in range(channels):
             histogram[channel] += np.bincount(array[:, channel].ravel(), minlength=256)
-        pixels.update(array)
+        pixels.update(array.data)
         keys.update(hashlib.blake2b(image, digest_size=16).digest() for image in array)
     if damaged > _MOST_PROBLEMS:
         problems.append(f"{split}: {damaged - _MOST_PROBLEMS} more pictures cannot be read")
@@ -193,7 +196,7 @@ def _measure(images: Images, split: str, known: str | None, problems: list[str])
     std = np.sqrt(np.maximum(histogram @ values**2 / totals - mean**2, 0))
     labels = images.labels.numpy()
     narrow = labels.astype(np.uint8 if len(images.classes) <= 256 else "<i8")
-    sums = pixels.hexdigest(), hashlib.sha256(narrow).hexdigest()
+    sums = pixels.hexdigest(), hashlib.sha256(narrow.data).hexdigest()
     registered = ARRAYS_SHA256.get((known, split)) if known is not None else None
     counts = np.bincount(labels, minlength=len(images.classes))
     return SplitReport(
@@ -209,6 +212,7 @@ def _measure(images: Images, split: str, known: str | None, problems: list[str])
 
 
 # Colours of the contact sheet: ink on paper, and a grey for what is secondary.
+_LONGEST_NAME = 28
 _PAPER, _INK, _GREY = (255, 255, 255), (28, 30, 34), (120, 124, 132)
 
 
@@ -222,7 +226,7 @@ def contact_sheet(
         path: Where to write the PNG; replaced atomically.
         columns: Images of each class.
         most_classes: Rows at most; of more classes, that many are shown, evenly spread.
-        tile: Side of one image on the sheet in pixels; None means 64, or the image's own size up to 128.
+        tile: Side of one image on the sheet in pixels; None means 64, or the image's own size up to 96.
 
     Returns:
         The path.
@@ -240,12 +244,14 @@ def contact_sheet(
         raise UserError(f"columns, most_classes and tile must be positive; got {columns}, {most_classes} and {tile}")
     info = images.info
     total = len(info.classes)
-    shown = sorted({round(row * (total - 1) / max(1, min(most_classes, total) - 1)) for row in range(min(most_classes, total))})
+    shown = sorted(
+        {round(row * (total - 1) / max(1, min(most_classes, total) - 1)) for row in range(min(most_classes, total))}
+    )
     channels, height, width = images.shape
-    side = tile or min(128, max(64, height, width))
+    side = tile or min(96, max(64, height, width))
     gap, margin, heading = max(2, side // 16), 24, 64
-    name_font, title_font, small_font = (_font(points) for points in (max(13, side // 5), 22, 13))
-    named = [info.classes[label] for label in shown]
+    name_font, title_font, small_font = (_font(points) for points in (max(13, min(16, side // 5)), 22, 13))
+    named = [_short(info.classes[label]) for label in shown]
     counts = torch.bincount(images.labels, minlength=total)
     name_width = max(
         [round(name_font.getlength(name)) for name in named]
@@ -267,7 +273,7 @@ def contact_sheet(
     for row, label in enumerate(shown):
         top = heading + row * (side + gap)
         text = (left - 16, top + side // 2)
-        draw.text((text[0], text[1] - 2), info.classes[label], fill=_INK, font=name_font, anchor="rs")
+        draw.text((text[0], text[1] - 2), named[row], fill=_INK, font=name_font, anchor="rs")
         draw.text((text[0], text[1] + 4), _amount(int(counts[label])), fill=_GREY, font=small_font, anchor="rt")
         positions = (images.labels == label).nonzero().flatten()[:columns]
         if not len(positions):
@@ -283,6 +289,10 @@ def contact_sheet(
             offset = ((side - fitted.width) // 2, (side - fitted.height) // 2)
             sheet.paste(fitted.convert("RGB"), (left + column * (side + gap) + offset[0], top + offset[1]))
     return _write_png(sheet, Path(path))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def _amount(count: int) -> str:

