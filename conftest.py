@@ -21,7 +21,6 @@ for variable in ("FORCE_COLOR", "CLICOLOR_FORCE"):
 _root = tempfile.TemporaryDirectory(prefix="instar-tests-")
 # Tests never see the data sets of whoever runs them; those that want real ones read INSTAR_TEST_DATA.
 os.environ["INSTAR_DATA"] = os.path.join(_root.name, "data")
-os.environ["XDG_CACHE_HOME"] = os.path.join(_root.name, "cache")
 
 import hypothesis  # noqa: E402  the environment comes first
 import numpy as np  # noqa: E402

@@ -6,6 +6,7 @@ from instar.evidence import Adversary, Batch, Evidence
 from instar.expression import parse, value
 from instar.method import Method
 from instar.methods import RECIPES, gairat, pgd_at, trades
+from instar.runs import load
 from instar.schedules import Progress, Ramp, Schedule, Steps
 from instar.signals import (
     KL,
@@ -72,6 +73,7 @@ __all__ = [
     "__version__",
     "ball",
     "gairat",
+    "load",
     "parse",
     "pgd_at",
     "trades",

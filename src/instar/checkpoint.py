@@ -99,7 +99,7 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             numbers: dict[str, Any] = json.loads((file.metadata() or {}).get("state", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to resume from") from None
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:

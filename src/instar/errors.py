@@ -33,6 +33,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
         "unknown recipe 'gairt'. Did you mean 'gairat'? Known: gairat, pgd_at, trades"
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return UserError(f"unknown {kind} {str(name)!r}.{hint} Known: {', '.join(names) or 'none'}")

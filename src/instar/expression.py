@@ -47,12 +47,12 @@ def value(cls: type[T]) -> type[T]:
         ... class Halves:
         ...     count: int = 2
         >>> Halves(3), parse("Halves(3)") == Halves(3)
-        (Halves(count=3), True)
+        (Halves(3), True)
     """
     own_repr = "__repr__" in cls.__dict__
     made = dataclasses.dataclass(frozen=True, repr=False)(cls)
     if not own_repr:
-        made.__repr__ = express  # type: ignore[method-assign, assignment]
+        made.__repr__ = express  # type: ignore[method-assign]
     _VALUES[made.__name__] = made
     return made
 
@@ -79,7 +79,7 @@ def number(x: float) -> str:
 
 
 def express(item: Any) -> str:
-    """The expression that makes `item`: fields without a default by position, others by name where they differ.
+    """The expression that makes `item`: what differs from the defaults, the first field by position, others by name.
 
     Args:
         item: A registered value, a number, a string, None, a boolean, or a tuple of those.
@@ -98,17 +98,16 @@ def express(item: Any) -> str:
         return repr(item)
     written = []
     by_position = True
-    for entry in dataclasses.fields(item):
+    for position, entry in enumerate(dataclasses.fields(item)):
         if not entry.init:
             continue
         current = getattr(item, entry.name)
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        if default is dataclasses.MISSING and by_position and not entry.kw_only:
-            written.append(express(current))
+        if default is not dataclasses.MISSING and _same(current, default):
+            by_position = False
             continue
-        by_position = False
-        if default is dataclasses.MISSING or not _same(current, default):
-            written.append(f"{entry.name}={express(current)}")
+        by_position &= (default is dataclasses.MISSING or position == 0) and not entry.kw_only
+        written.append(express(current) if by_position else f"{entry.name}={express(current)}")
     return f"{type(item).__name__}({', '.join(written)})"
 
 
@@ -121,7 +120,7 @@ def parse(text: str, *, words: bool = False) -> Any:
 
     Args:
         text: For example ``"CrossEntropy(of='clean') + 6 * KL()"`` or ``"8/255"``.
-        words: Whether a single unknown word stands for itself (``tanh`` for ``'tanh'``), as a shell user types it.
+        words: Whether a single word stands for itself (``tanh`` for ``'tanh'``), as a shell user types it.
 
     Returns:
         The value.
@@ -145,7 +144,7 @@ def parse(text: str, *, words: bool = False) -> Any:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", None) or type(error).__name__
         raise UserError(f"cannot read the expression {text[:80]!r}: {reason}") from None
-    if words and isinstance(tree, ast.Name) and tree.id not in _WORDS and tree.id not in _VALUES:
+    if words and isinstance(tree, ast.Name) and tree.id not in _WORDS:
         return tree.id
     return _read(tree, text, 0)
 
@@ -230,7 +229,7 @@ def assign(item: Any, path: str, new: Any) -> Any:
     if name in fields:
         changed = assign(getattr(item, name), rest, new) if rest else new
         try:
-            return dataclasses.replace(item, **{name: changed})  # type: ignore[type-var]
+            return dataclasses.replace(item, **{name: changed})
         except TypeError as error:
             raise UserError(f"cannot set {path} of {type(item).__name__}: {error}") from None
     below = [f for f in fields if dataclasses.is_dataclass(getattr(item, f)) and name in _fields(getattr(item, f))]
@@ -238,7 +237,9 @@ def assign(item: Any, path: str, new: Any) -> Any:
         return assign(item, f"{below[0]}.{path}", new)
     if below:
         raise UserError(f"{name!r} could mean {' or '.join(f'{f}.{name}' for f in below)}: write which")
-    inside = {f"{f}.{n}" for f in fields if dataclasses.is_dataclass(getattr(item, f)) for n in _fields(getattr(item, f))}
+    inside = {
+        f"{f}.{n}" for f in fields if dataclasses.is_dataclass(getattr(item, f)) for n in _fields(getattr(item, f))
+    }
     raise unknown(f"field of {type(item).__name__}", name, [*fields, *inside])
 
 

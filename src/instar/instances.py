@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,7 @@ class InstanceTable:
         tensor([7, 0], dtype=torch.int16)
     """
 
-    def __init__(
-        self, size: int, *, remembered: tuple[str, ...] = (), device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, size: int, *, remembered: tuple[str, ...] = (), device: str | torch.device = "cpu") -> None:
         if taken := set(remembered) & set(COLUMNS):
             raise UserError(f"a method cannot remember {', '.join(sorted(taken))}: every instance table has it already")
         kinds = COLUMNS | dict.fromkeys(remembered, torch.float32)
@@ -86,7 +85,8 @@ class InstanceTable:
             UserError: The disk is full or read-only.
         """
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: column.cpu().numpy() for name, column in self.columns.items()})
+        arrays: dict[str, Any] = {name: column.cpu().numpy() for name, column in self.columns.items()}
+        np.savez_compressed(buffer, **arrays)
         write_atomically(path, buffer.getvalue())
 
 

@@ -61,7 +61,9 @@ def _epoch(when: float, progress: Progress) -> float:
 
 def _check_times(name: str, *times: float) -> None:
     if any(math.isnan(t) or t < 0 for t in times) or list(times) != sorted(times):
-        raise UserError(f"times of {name} must be non-negative and in ascending order; got {', '.join(map(str, times))}")
+        raise UserError(
+            f"times of {name} must be non-negative and in ascending order; got {', '.join(map(str, times))}"
+        )
 
 
 @value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from instar.evidence import Adversary, Batch, Evidence
 from instar.method import FORWARDS, Method
 from instar.modes import forward_mode, full
 from instar.schedules import Progress
-from instar.signals import Signal
 
 END = Progress(epoch=1, epochs=1)
 """The end of any run, where every schedule has its last value."""
@@ -69,7 +68,8 @@ def training_loss(
     Example:
         >>> from instar.methods import pgd_at
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-        >>> loss, adversary, evidence = training_loss(net, pgd_at(steps=2), Batch(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])))
+        >>> batch = Batch(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))
+        >>> loss, adversary, evidence = training_loss(net, pgd_at(steps=2), batch)
         >>> loss.shape, adversary.budget
         (torch.Size([3]), 2)
         >>> loss.mean().backward()
@@ -194,7 +194,9 @@ def _gather(
         generator: For signals that draw.
     """
     base = dict(weights) if weights is not None else (_trainable(model) if offsets else None)
-    moved = {name: p + offsets[name] if name in offsets else p for name, p in base.items()} if base and offsets else base
+    moved = (
+        {name: p + offsets[name] if name in offsets else p for name, p in base.items()} if base and offsets else base
+    )
     captured: list[Tensor] = []
 
     def forward(x: Tensor, parameters: Mapping[str, Tensor] | None = moved, *, update: bool = False) -> Tensor:
@@ -220,7 +222,9 @@ def _gather(
     return Evidence(
         x=batch.x,
         y=batch.y,
-        **logits,
+        clean=logits.get("clean"),
+        adv=logits.get("adv"),
+        anchor=logits.get("anchor"),
         x_adv=adversary.x,
         kappa=adversary.kappa,
         inspected=adversary.inspected,
@@ -245,8 +249,11 @@ def _capturing(model: nn.Module, captured: list[Tensor], *, wanted: bool) -> Ite
     if not wanted or not isinstance(head, nn.Module):
         yield
         return
-    hook: Callable[..., None] = lambda _, inputs: captured.append(full(inputs[0]))  # noqa: E731
-    handle = head.register_forward_pre_hook(hook)
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        captured.append(full(inputs[0]))
+
+    handle = head.register_forward_pre_hook(keep)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import instar
 from instar.attacks import PGD, Folded
+from instar.checkpoint import State, load_state, save_state
 from instar.config import (
     Settings,
     build_method,
@@ -33,7 +33,6 @@ from instar.config import (
     learning_rate,
     written,
 )
-from instar.checkpoint import State, load_state, save_state
 from instar.data import (
     Images,
     NoAugmentation,
@@ -55,6 +54,7 @@ from instar.methods import Recipe
 from instar.models import create, load_foreign, origin, parameter_groups, save
 from instar.models.files import write_atomically
 from instar.randomness import generator, key
+from instar.runs import read_run
 from instar.schedules import Progress
 from instar.signals import Margin
 from instar.step import Loss, training_step
@@ -66,7 +66,7 @@ SELECTION_STEPS = 10
 RESUME = "go on with --resume"
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """Training was asked to stop, saved its state and stopped.
 
     Attributes:
@@ -146,6 +146,7 @@ class _Run:
     precision: torch.dtype
     fingerprint: str
     on_event: Callable[[Event], None]
+    note: Callable[[str], None]
 
     @property
     def steps(self) -> int:
@@ -162,6 +163,7 @@ def train(
     arguments: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Result:
     """Train a robust classifier and write everything that explains it into a folder.
@@ -180,6 +182,7 @@ def train(
         arguments: Arguments of the recipe.
         changes: Dotted paths into the method and their values: ``{"attack.eps": 4 / 255}``.
         on_event: Called after each step and each epoch.
+        note: Called with a line that a user should see, such as what was taken from `init`.
         **settings: Fields of `Settings`: ``epochs``, ``batch_size``, ``seed``, ...
 
     Returns:
@@ -223,8 +226,11 @@ def train(
     if chosen.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if chosen.init:
-        load_foreign(chosen.init, network)
+        # Weights without normalisation of their own were trained on plain [0, 1] images; the report says what was done.
+        note(str(load_foreign(chosen.init, network, new_head=True)))
     train_split, selection = hold_out(images, selection=chosen.held_out(len(images)), seed=chosen.seed)
+    if steps_per_epoch(train_split, chosen.batch_size, True) == 0:
+        raise UserError(f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}")
     described = _describe(recipe, method, chosen, network, images, selection, device, precision)
     fingerprint = _fingerprint(described)
     folder = Path(out)
@@ -240,11 +246,8 @@ def train(
         precision=precision,
         fingerprint=fingerprint,
         on_event=on_event or (lambda event: None),
+        note=note,
     )
-    if run.steps == 0:
-        raise UserError(
-            f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}"
-        )
     state = _fresh_state(run, network)
     if resume:
         load_state(state, folder / "checkpoints" / "state.safetensors", fingerprint=fingerprint)
@@ -379,22 +382,6 @@ def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """The contents of a run's ``run.json``.
-
-    Raises:
-        UserError: The folder holds no run, or the file is damaged.
-    """
-    path = Path(folder) / "run.json"
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no run (there is no {path.name} in it)") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return stored
-
-
 def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
     for group in ("method", "precision"):
         if stored.get(group) != described[group]:
@@ -432,11 +419,9 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
     half = None if run.precision == torch.float32 else run.precision
     try:
         return Folded(network, dtype=half, channels_last=run.settings.channels_last)
-    except Exception as error:  # noqa: BLE001: user models fail to trace in any way they like; the model itself then serves
-        warnings.warn(
-            f"the attack runs on the model itself, which is slower: it cannot be traced ({str(error).splitlines()[0]})",
-            stacklevel=2,
-        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        run.note(f"the attack runs on the model itself, which is slower: it cannot be traced ({reason})")
         return None
 
 
@@ -502,7 +487,7 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
     """One optimiser step with its average; random numbers are keyed by where the run stands."""
     where = {"epoch": progress.epoch, "step": progress.step}
     seed, index = run.settings.seed, batch.index
-    assert index is not None  # noqa: S101: every batch of the loader carries its positions
+    assert index is not None
     torch.manual_seed(key(seed, purpose="model", **where))  # dropout and the like draw from the global generator
     if stand_in is not None:
         stand_in.refresh(state.model)
@@ -528,7 +513,7 @@ def _record(table: InstanceTable, batch: Batch, computed: Loss, epoch: int) -> T
     evidence = computed.evidence
     logits = evidence.adv if evidence.adv is not None else evidence.clean
     correct = torch.zeros_like(batch.y, dtype=torch.bool) if logits is None else logits.argmax(1) == batch.y
-    assert batch.index is not None  # noqa: S101: every batch of the loader carries its positions
+    assert batch.index is not None
     table.write(
         batch.index,
         {

@@ -1,5 +1,4 @@
-"""A copy of the model for eval-mode attacks: BatchNorm folded into convolutions, half precision inside, no weights to
-differentiate."""
+"""A copy of the model for eval-mode attacks: BatchNorm folded away, half precision inside, no weight gradients."""
 
 from __future__ import annotations
 
@@ -57,7 +56,9 @@ class Folded(nn.Module):
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._pairs = _fold_in_place(self._net)
         self._dtype = dtype
-        self._whole = {name for name, module in self._net.named_modules() if isinstance(module, FloatLinear | Normalize)}
+        self._whole = {
+            name for name, module in self._net.named_modules() if isinstance(module, FloatLinear | Normalize)
+        }
         if dtype is not None:
             self._whole |= _cast_after_first_convolution(self._net, dtype, self._format)
         self._net.graph.lint()

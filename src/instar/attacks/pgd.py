@@ -47,8 +47,8 @@ class PGD(Attack):
 
     Example:
         >>> from instar.evidence import Batch
-        >>> PGD(Linf(8/255))
-        PGD(Linf(8/255))
+        >>> PGD(Linf(4/255), steps=20)
+        PGD(Linf(4/255), steps=20)
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> found = PGD(Linf(0.1), step_size=0.05)(net, Batch(torch.full((3, 1, 2, 2), 0.5), torch.tensor([0, 1, 0])))
         >>> bool(((found.x - 0.5).abs() <= 0.1 + 1e-6).all()), found.budget

@@ -1,4 +1,4 @@
-"""The command line: ``instar train | evaluate | explain | data``."""
+"""The command line: ``instar train | evaluate | report | explain | data``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from instar.errors import UserError, unknown
 COMMANDS = {
     "train": "train a robust classifier; writes a run folder",
     "evaluate": "measure robustness of a run or of any weights",
+    "report": "draw what happened: curves, survival, hardest images",
     "explain": "equations, source, cost and expression of a recipe",
     "data": "list, get and check data sets",
 }
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed, 128 + signal after an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.showwarning = _warn
+    if "" not in sys.path:  # `--model package.module:function` means the user's code, found from where they stand
+        sys.path.insert(0, "")
+    warnings.showwarning = _warn  # type: ignore[assignment]  # it takes whatever showwarning is given
     try:
         return _dispatch(words)
     except UserError as error:

@@ -17,12 +17,16 @@ from instar.config import Settings, build_method, find_recipe, read_value, writt
 from instar.data import info
 from instar.errors import UserError
 from instar.methods import RECIPES, Recipe
-from instar.train import Interrupted, read_run, train
+from instar.runs import read_run
+from instar.train import Interrupted, train
 
 DESCRIPTION = f"""Train a robust classifier.
 
 RECIPE is one of {", ".join(RECIPES)}, or your own as my_file.py:my_method. `instar explain RECIPE` shows its equations.
 Every flag can stand in a YAML file (--config); --print-config writes one."""
+
+
+WHICH = f"which recipe? instar train RECIPE ..., with one of {', '.join(RECIPES)}"
 
 
 def run(words: Sequence[str]) -> int:
@@ -36,14 +40,15 @@ def run(words: Sequence[str]) -> int:
         words[:1] = ["--recipe", words[0]]
     name = _recipe_name(words)
     if name is None and not {"-h", "--help"} & set(words):
-        raise UserError(f"which recipe? instar train RECIPE ..., with one of {', '.join(RECIPES)}")
+        raise UserError(WHICH)
     recipe = find_recipe(name) if name else None
     given = parse(_parser(recipe), words)
     fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
     settings = Settings(**fields)
     arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
     changes = dict(_change(text) for text in given.set)
-    assert recipe is not None and name is not None  # noqa: S101: --help has left already
+    if recipe is None or name is None:
+        raise UserError(WHICH)
     if given.print_config:
         print(_yaml(name, recipe, settings, arguments, given), end="")
         return 0
@@ -58,6 +63,7 @@ def run(words: Sequence[str]) -> int:
                 arguments=arguments,
                 changes=changes,
                 on_event=show,
+                note=show.line,
                 **fields,
             )
         except Interrupted as stopped:

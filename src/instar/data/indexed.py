@@ -410,7 +410,7 @@ def labels_of(dataset: Any) -> Tensor:
         [1, 0]
     """
     if isinstance(dataset, torch.utils.data.Subset):
-        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+        return labels_of(dataset.dataset)[: len(dataset)]
     found: Any = None
     if isinstance(dataset, torch.utils.data.TensorDataset) and len(dataset.tensors) == 2:
         found = dataset.tensors[1]

@@ -333,8 +333,8 @@ def resolve_root(root: Path | str | None) -> Path:
     """The root folder that is meant: None means `default_root`, and ``~`` the user's home.
 
     Example:
-        >>> resolve_root("data")
-        PosixPath('data')
+        >>> resolve_root("data").name
+        'data'
     """
     return default_root() if root is None else Path(root).expanduser()
 
@@ -473,9 +473,7 @@ def _tiny_imagenet(root: Path, *, split: str) -> Images:
         files, labels = _tiny_files(folder, ids, split)
         count = described.size(split)
         if len(files) != count:
-            raise UserError(
-                f"{folder}: expected {count:,} {split} pictures; got {len(files):,}"
-            )
+            raise UserError(f"{folder}: expected {count:,} {split} pictures; got {len(files):,}")
         lazy = FolderImages(tuple(files), torch.tensor(labels, dtype=torch.int64), described, split)
         held = ResidentImages.of(lazy)
         return held.images.numpy(), held.labels.numpy()

@@ -35,6 +35,8 @@ class Split:
 
     def __post_init__(self) -> None:
         """Fill in all positions, or check those that were given."""
+        if type(self) is Split:
+            raise TypeError("a Split is a TrainSplit, a SelectionSplit or a TestSplit")
         count = len(self.images)
         if self.indices is None:
             object.__setattr__(self, "indices", torch.arange(count))
@@ -141,12 +143,10 @@ def hold_out(images: Images, *, selection: int | float, seed: int) -> tuple[Trai
         False
     """
     count = len(images)
-    wanted = round(selection * count) if isinstance(selection, float) else selection
     if isinstance(selection, float) and not 0 <= selection < 1:
-        raise UserError(
-            f"selection must be a fraction in [0, 1) or a whole number of images; got {selection}. "
-            f"Did you mean {max(0, int(selection)) if selection == selection else 0}?"
-        )
+        hint = f" Did you mean {int(selection)}?" if selection > 1 and selection.is_integer() else ""
+        raise UserError(f"selection must be a fraction in [0, 1) or a whole number of images; got {selection}.{hint}")
+    wanted = round(selection * count) if isinstance(selection, float) else selection
     if isinstance(selection, bool) or not 0 <= wanted < count:
         raise UserError(f"selection must hold out 0..{count - 1} of the {count} training images; got {selection}")
     chosen = torch.zeros(count, dtype=torch.bool)

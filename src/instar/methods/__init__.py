@@ -15,4 +15,4 @@ Recipe = Callable[..., Method]
 RECIPES: dict[str, Recipe] = {recipe.__name__: recipe for recipe in (pgd_at, trades, gairat)}
 """Every recipe by the name that ``instar train`` knows it by."""
 
-__all__ = ["RECIPES", "Recipe", *RECIPES]
+__all__ = ["RECIPES", "Recipe", "gairat", "pgd_at", "trades"]

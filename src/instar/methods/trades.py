@@ -20,7 +20,8 @@ def trades(
     """TRADES: clean cross-entropy, plus how far the attack can move the prediction.
 
     Equation:
-        min_θ mean_i [ CE(f(x_i), y_i) + β KL(p(x_i) ‖ p(x′_i)) ],   x′_i = PGD on the same KL from x_i + 0.001 · N(0, 1)
+        min_θ mean_i [ CE(f(x_i), y_i) + β KL(p(x_i) ‖ p(x′_i)) ],
+        x′_i = PGD on the same KL from x_i + 0.001 · N(0, 1)
 
     Args:
         beta: β, weight of the consistency term; 6 in the paper (1 leans to clean accuracy).

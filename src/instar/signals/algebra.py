@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from instar.evidence import Evidence
 from instar.expression import express, value
 from instar.schedules import Schedule
 
-Number = Union[int, float, Schedule]
+Number = int | float | Schedule
 
 
 class Signal(abc.ABC):
@@ -106,7 +105,7 @@ class Constant(Signal):
 
     Example:
         >>> 2 * Constant(3.0)
-        2 * 3.0
+        Product(Constant(2), Constant(3.0))
     """
 
     amount: Number

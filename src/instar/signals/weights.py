@@ -63,7 +63,7 @@ class GeometryWeight(Signal):
         >>> from instar.evidence import Evidence
         >>> e = Evidence(x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), kappa=torch.tensor([0, 5, 10]), budget=10)
         >>> GeometryWeight(-1.0)(e)
-        tensor([2.6805e+00, 3.1954e-01, 1.6469e-05])
+        tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
         >>> GeometryWeight(float("inf"))(e)
         tensor([1., 1., 1.])
 
@@ -86,7 +86,7 @@ class GeometryWeight(Signal):
         return frozenset({"kappa"})
 
     def logarithm(self, kappa: Tensor, budget: int) -> Tensor:
-        """log ω + const (B,), the constant being the same for the whole batch.
+        """Log ω + const (B,), the constant being the same for the whole batch.
 
         Args:
             kappa: Geometry values (B,).

@@ -1,0 +1,165 @@
+"""Points in portions, and what is known about each portion, so that a killed evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from instar.data.indexed import as_float, check_values
+from instar.data.splits import Split
+from instar.errors import UserError
+from instar.models.files import write_atomically
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive points of a split, which are attacked together.
+
+    Attributes:
+        number: Which shard of the split, from 0.
+        start: Position of its first point within the split.
+        x: Images (n, C, H, W), float32 in [0, 1], contiguous.
+        y: Labels (n,).
+        index: Official positions (n,), on the CPU.
+        correct: Whether the clean prediction is right (n,), boolean.
+        digest: SHA-256 of images, labels and positions.
+        probe: Clean logits (m, K) of its first points, by which a stored result is recognised, on the CPU.
+    """
+
+    number: int
+    start: int
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    correct: Tensor
+    digest: str
+    probe: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of points."""
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack did to a shard.
+
+    Attributes:
+        robust: Which points withstood it (n,), boolean, on the CPU; False for points whose clean prediction is wrong.
+        broken_by: For attacks of several stages the stage that broke each point, as its number, −1 for none (n,).
+        stages: Names of the stages, or empty.
+        flags: Warnings of the reference code, as short names.
+        seconds: Time spent, over all the attempts it took.
+        reused: Whether nothing had to be computed.
+    """
+
+    robust: np.ndarray
+    broken_by: np.ndarray
+    stages: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    seconds: float = 0.0
+    reused: bool = False
+
+
+def fetch(split: Split, *, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Points of a split as attacks see them.
+
+    Args:
+        split: Where they come from.
+        start: First position within the split.
+        stop: One past the last.
+        device: Where they are wanted.
+
+    Returns:
+        Images (n, C, H, W) float32 in [0, 1], labels (n,), official positions (n,) on the CPU, and their SHA-256.
+
+    Raises:
+        UserError: Images outside of [0, 1].
+    """
+    index = split.indices[start:stop]
+    raw = split.images.fetch(index)
+    check_values(raw, what=split.images.info.name)
+    x = as_float(raw).cpu().contiguous()
+    y = split.images.labels[index].cpu()
+    digest = hashlib.sha256(repr(tuple(x.shape)).encode())
+    for part in (x, y, index):
+        digest.update(part.contiguous().numpy().tobytes())
+    return x.to(device), y.to(device), index, digest.hexdigest()
+
+
+class Store:
+    """Files of results, each under the name of everything it depends on; without a folder it remembers nothing.
+
+    A file that is damaged, or that belongs to another model in spite of its name, counts as absent.
+
+    Args:
+        folder: Where the files lie, made when the first is written; None keeps nothing.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(Path(tempfile.mkdtemp()))
+        >>> key = store.key("pgd", 0, {"eps": "8/255"})
+        >>> store.put(key, {"robust": np.array([1, 0])})
+        >>> store.get(key)["robust"].tolist(), Store(None).get(key)
+        ([1, 0], None)
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(name: str, shard: int, depends_on: Mapping[str, Any]) -> str:
+        """File name for what depends on these values, which JSON must be able to hold."""
+        text = json.dumps(depends_on, sort_keys=True)
+        return f"{name}-{shard:04d}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
+
+    def get(self, key: str) -> Arrays | None:
+        """The arrays stored under `key`, or None."""
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / key, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except Exception:  # absent or damaged in whatever way: either means to compute it again
+            return None
+
+    def put(self, key: str, arrays: Arrays) -> None:
+        """Write arrays, whole or not at all.
+
+        Raises:
+            UserError: The disk is full or read-only.
+        """
+        if self.folder is None:
+            return
+        make_folder(self.folder)
+        write_atomically(self.folder / key, packed(arrays))
+
+
+def packed(arrays: Arrays) -> bytes:
+    """A compressed ``.npz`` file as bytes, equal for equal arrays."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None

@@ -1,0 +1,315 @@
+"""What is to be evaluated: a run folder, a weights file of ours or of others, or a module, and on which images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instar.data import Images, TestSplit, from_dataset, load
+from instar.data.catalogue import CATALOGUE
+from instar.data.splits import Split
+from instar.errors import UserError, unknown
+from instar.expression import parse
+from instar.models import create, load_foreign, origin, read_card
+from instar.models import load as load_weights
+from instar.threat import Ball, ball
+
+CHECKPOINTS = ("best", "last")
+Normalization = str | tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one set of images.
+
+    Attributes:
+        name: Names the record: ``"best"``, ``"last"``, or the stem of the weights file.
+        target: What the caller named.
+        model: The network.
+        split: The images.
+        ball: The threat model.
+        checkpoint: ``which``, ``rule`` (how it was chosen, by which images), ``epoch`` and ``file`` as far as known.
+        weights: SHA-256 of the weights.
+        training: What is known about how it was trained: ``method``, ``data`` and so on.
+        folder: Where its records belong, or None.
+    """
+
+    name: str
+    target: str
+    model: nn.Module
+    split: Split
+    ball: Ball
+    checkpoint: Mapping[str, Any]
+    weights: str
+    training: Mapping[str, Any]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller said beside the target; None leaves it to the target or the data set."""
+
+    data: Any = None
+    root: str | Path | None = None
+    size: int | None = None
+    model: str | nn.Module | None = None
+    model_arguments: Mapping[str, Any] | None = None
+    checkpoint: str = "both"
+    norm: str | None = None
+    eps: float | str | None = None
+    normalize: Normalization = "identity"
+    out: str | Path | None = None
+
+
+def resolve(target: Any, wishes: Wishes) -> list[Case]:
+    """The cases that a target stands for: best and last for a run, one for anything else.
+
+    Args:
+        target: Path of a run folder or of a weights file, or a module.
+        wishes: What else was said.
+
+    Returns:
+        At least one case.
+
+    Raises:
+        UserError: Something is missing, does not exist, or does not fit.
+    """
+    if wishes.checkpoint not in ("both", *CHECKPOINTS):
+        raise unknown("checkpoint", wishes.checkpoint, ["both", *CHECKPOINTS])
+    if isinstance(target, nn.Module):
+        return [_module(target, wishes)]
+    path = Path(target).expanduser()
+    if path.is_dir():
+        return _run(path, wishes)
+    if not path.exists():
+        raise UserError(f"there is no run folder or weights file {path}")
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and path.stem in CHECKPOINTS and (run / "run.json").is_file():
+        return _run(run, replace(wishes, checkpoint=path.stem))
+    return [_file(path, wishes)]
+
+
+def _run(folder: Path, wishes: Wishes) -> list[Case]:
+    run = _read_run(folder)
+    wanted = CHECKPOINTS if wishes.checkpoint == "both" else (wishes.checkpoint,)
+    files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in wanted}
+    present = {name: file for name, file in files.items() if file.is_file()}
+    if not present:
+        raise UserError(
+            f"{folder} has no checkpoint {' or '.join(files)}. Has the run finished its first epoch? Look in "
+            f"{folder / 'checkpoints'}"
+        )
+    named = _named(run.get("data"))
+    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, named.get("size"))
+    threat = _ball(wishes, run.get("threat"), split)
+    selection = run.get("selection") or {}
+    rules = {
+        "best": f"best by {selection.get('rule', 'an unknown rule')} on {selection.get('n', 'an unknown number of')} "
+        "images held out of the training set",
+        "last": "last epoch",
+    }
+    out = folder / "evaluations" if wishes.out is None else Path(wishes.out)
+    cases = []
+    for name, file in present.items():
+        model = load_weights(file, model=_given(wishes, split))
+        card = read_card(file)
+        checkpoint = {"which": name, "rule": rules[name], "file": file.name}
+        checkpoint |= {key: card.get(key) for key in ("epoch", "weights", "selection")}
+        training = {key: run.get(key) for key in ("recipe", "method", "precision", "versions")} | {"data": _used(run)}
+        cases.append(Case(name, str(folder), model, split, threat, checkpoint, card["sha256"], training, out))
+    return cases
+
+
+def _named(data: Any) -> dict[str, Any]:
+    """What a run or card says of its data, with the name under which it can be loaded again."""
+    known = dict(data) if isinstance(data, Mapping) else {"name": data}
+    name = known.get("name")
+    # A folder of pictures is called by its last part, and found by its path.
+    return known | {"name": name if name in CATALOGUE else known.get("path") or name}
+
+
+def _used(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The images that weights were fitted to. A run adds none of its own; weights that it began from may have."""
+    data = run.get("data")
+    known = data if isinstance(data, Mapping) else {"name": data}
+    began = (run.get("training") or {}).get("init")
+    return {
+        "name": known.get("name"),
+        "train_images": known.get("train_images"),
+        "init": began,
+        "additional_data": None if began else False,
+    }
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a run folder: it has no run.json. Give a run folder or a weights file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(run, dict):
+        raise UserError(f"{path} is not the description of a run")
+    return run
+
+
+def _file(path: Path, wishes: Wishes) -> Case:
+    card = _card(path)
+    named = _named(card.get("data") or card.get("dataset"))
+    if wishes.data is None and named["name"] is None:
+        raise UserError(f"nothing says which data set {path.name} is for; give data, for example data='cifar10'")
+    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, named.get("size"))
+    threat = _ball(wishes, card.get("threat"), split)
+    checkpoint: dict[str, Any] = {"which": path.stem, "rule": "chosen by whoever gave the file", "file": path.name}
+    if card:
+        model = load_weights(path, model=_given(wishes, split))
+        weights, checkpoint["epoch"] = card["sha256"], card.get("epoch")
+    else:
+        given = _given(wishes, split)
+        if given is None:
+            raise UserError(
+                f"{path.name} does not say what network it is for; give model, for example model='resnet18'"
+            )
+        model = given
+        report = load_foreign(path, model, normalize=_normalization(wishes.normalize, split))
+        weights, checkpoint["loaded"] = hashlib.sha256(path.read_bytes()).hexdigest(), str(report)
+    out = path.parent / "evaluations" if wishes.out is None else Path(wishes.out)
+    training = {"method": card.get("method"), "data": {"name": named["name"]} if card else None}
+    return Case(path.stem, str(path), model, split, threat, checkpoint, weights, training, out)
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """The card of weights of ours; empty for anybody else's."""
+    if path.suffix not in (".safetensors", ".json") or not path.with_suffix(".json").is_file():
+        return {}
+    try:
+        return read_card(path)
+    except UserError:
+        return {}  # the JSON that somebody else keeps beside weights
+
+
+def _module(model: nn.Module, wishes: Wishes) -> Case:
+    if wishes.data is None:
+        raise UserError("give data with a module: the name of a data set, images, a split, or a torch Dataset")
+    split = _split(wishes.data, wishes, None)
+    made = origin(model)
+    checkpoint = {"which": "module", "rule": "a module given from Python"}
+    out = None if wishes.out is None else Path(wishes.out)
+    name = made.architecture.replace("/", "_").replace(":", "_") if made else type(model).__name__
+    training: dict[str, Any] = {"method": None, "data": None}
+    return Case("module", name, model, split, _ball(wishes, None, split), checkpoint, digest(model), training, out)
+
+
+def _given(wishes: Wishes, split: Split) -> nn.Module | None:
+    """The network that the caller chose, or None to take the card's."""
+    if wishes.model is None or isinstance(wishes.model, nn.Module):
+        return wishes.model
+    info = split.images.info
+    arguments: dict[str, Any] = {"classes": len(split.classes), "channels": info.shape[0], "image_size": info.shape[1]}
+    return create(wishes.model, **{**arguments, **(wishes.model_arguments or {})})
+
+
+def _normalization(wish: Normalization, split: Split) -> Normalization:
+    return (split.images.info.mean, split.images.info.std) if wish == "dataset" else wish
+
+
+def _split(data: Any, wishes: Wishes, size: int | None) -> Split:
+    """The images that were meant."""
+    size = size if wishes.size is None else wishes.size
+    if data == "custom":
+        raise UserError("the run was trained on images given from Python: give the same kind of images as data")
+    if isinstance(data, (str, Path)):
+        return TestSplit(load(data, split="test", root=wishes.root, size=size))
+    if isinstance(data, Split):
+        return data
+    if isinstance(data, Images):
+        return TestSplit(data)
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return TestSplit(from_dataset(torch.utils.data.TensorDataset(*data)))
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return TestSplit(from_dataset(data))
+    raise UserError(
+        f"data must be the name of a data set, images, a split, a torch Dataset or a pair of tensors (x, y); got "
+        f"{type(data).__name__}"
+    )
+
+
+def _ball(wishes: Wishes, known: Any, split: Split) -> Ball:
+    """The threat model: what the caller said, else what the run was trained for, else the data set's usual one."""
+    threat = known if isinstance(known, Mapping) else {}
+    info = split.images.info
+    usual = threat.get("norm") or info.norm
+    norm = usual if wishes.norm is None else wishes.norm
+    if wishes.eps is not None:
+        return ball(norm, radius(wishes.eps))
+    if ball(norm, 0.0).norm != ball(usual, 0.0).norm:
+        raise UserError(f"eps is needed with norm {norm}: the usual eps here is for {usual}")
+    return ball(norm, radius(threat.get("eps", info.eps)))
+
+
+def radius(eps: float | str) -> float:
+    """A radius as people write it.
+
+    Args:
+        eps: A number, or text such as ``"8/255"``.
+
+    Returns:
+        The number.
+
+    Raises:
+        UserError: Not a number.
+
+    Example:
+        >>> radius("8/255") == 8 / 255
+        True
+    """
+    found = parse(eps) if isinstance(eps, str) else eps
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise UserError(f"eps must be a number such as 8/255; got {eps!r}. Give eps if training used a schedule")
+    return float(found)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a module's tensors.
+
+    Example:
+        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> digest(a) == digest(a), digest(a) == digest(b)
+        (True, False)
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous()
+            found.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+            found.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def described(split: Split) -> str:
+    """Which images of which data set, in words.
+
+    Args:
+        split: The images.
+
+    Returns:
+        For example ``"first 1000 of the 10000 official test images of CIFAR-10"``.
+    """
+    info = split.images.info
+    kind = {"TestSplit": "test", "SelectionSplit": "selection", "TrainSplit": "training"}[type(split).__name__]
+    official = "official " if info.name in CATALOGUE and kind == "test" else ""
+    count, total = len(split), len(split.images)
+    first = torch.equal(split.indices, torch.arange(count))
+    if first and count == total:
+        return f"all {total} {official}{kind} images of {info.title}"
+    return f"{'first' if first else 'chosen'} {count} of the {total} {official}{kind} images of {info.title}"

@@ -1,0 +1,238 @@
+"""One look for all pictures: colours that colour-blind readers can tell apart, a title that says what is seen, sources."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+import instar
+from instar.errors import UserError
+from instar.models.files import write_atomically
+
+P = ParamSpec("P")
+
+INK, GREY, PALE, PAPER = "#22262B", "#69707A", "#D9DDE2", "#FFFFFF"
+RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours of runs: Okabe and Ito 2008, without the yellow, which is too pale for lines on white."""
+EASY, HARD = "#0072B2", "#D55E00"
+"""What withstands, and what does not."""
+
+WIDTH = 10.0
+"""Width of every picture in inches."""
+DPI = 150
+
+_MARGIN = 0.35
+_RULES: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": "#B4BAC2",
+    "axes.labelcolor": GREY,
+    "axes.labelsize": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E9ECEF",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#B4BAC2",
+    "ytick.color": "#B4BAC2",
+    "xtick.labelcolor": GREY,
+    "ytick.labelcolor": GREY,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.8,
+    "svg.fonttype": "none",
+}
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator of functions that make a figure: the look applies inside of them and nowhere else."""
+
+    @functools.wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(_RULES):
+            return function(*args, **kwargs)
+
+    return drawn
+
+
+class Sheet:
+    """A figure with room for a title above and sources below; panels are placed in what lies between.
+
+    Args:
+        height: Height of the middle part in inches.
+        title: What is seen, in one sentence.
+        subtitle: How to read it.
+        footer: Sources: data, model, n, seed.
+        left: Room for labels left of the panels in inches.
+        right: Room right of the panels in inches.
+        bottom: Room for the labels of the lowest axes in inches.
+    """
+
+    def __init__(
+        self,
+        height: float,
+        *,
+        title: str,
+        subtitle: str,
+        footer: Sequence[str],
+        left: float = 0.62,
+        right: float = 0.2,
+        bottom: float = 0.5,
+    ) -> None:
+        headline = balanced(title, size=14, weight="bold")
+        explained = wrapped(subtitle, size=9.5)
+        sources = [line for part in footer for line in wrapped(part, size=7.5)]
+        above = 0.3 + 0.25 * len(headline) + 0.19 * len(explained) + 0.42
+        below = 0.14 + 0.145 * len(sources) + 0.14
+        total = above + height + bottom + below
+        self.figure = Figure(figsize=(WIDTH, total))
+        FigureCanvasAgg(self.figure)
+        self.left, self.right = (_MARGIN + left) / WIDTH, 1 - (_MARGIN + right) / WIDTH
+        self.top, self.bottom = 1 - above / total, (below + bottom) / total
+        edge = _MARGIN / WIDTH
+        self.figure.suptitle(
+            "\n".join(headline),
+            x=edge,
+            y=1 - 0.24 / total,
+            ha="left",
+            va="top",
+            fontsize=14,
+            fontweight="bold",
+            linespacing=1.25,
+        )
+        y = 1 - (0.3 + 0.25 * len(headline)) / total
+        self.figure.text(edge, y, "\n".join(explained), va="top", fontsize=9.5, color=GREY, linespacing=1.4)
+        self.figure.text(
+            edge, 0.14 / total, "\n".join(sources), va="bottom", fontsize=7.5, color=GREY, linespacing=1.4, gid="sources"
+        )
+
+    def grid(self, rows: int, columns: int, **layout: Any) -> Any:
+        """Places for panels, as `Figure.add_gridspec` gives them."""
+        return self.figure.add_gridspec(
+            rows, columns, left=self.left, right=self.right, top=self.top, bottom=self.bottom, **layout
+        )
+
+
+def wrapped(text: str, *, size: float, weight: str = "normal", wide: float = WIDTH - 2 * _MARGIN) -> list[str]:
+    """Text in lines that fit, by the widths of the letters.
+
+    Args:
+        text: What to write.
+        size: Size of the font in points.
+        weight: ``"normal"`` or ``"bold"``.
+        wide: Room in inches.
+
+    Returns:
+        At least one line.
+
+    Example:
+        >>> wrapped("ever so many words", size=10, wide=0.8)
+        ['ever so', 'many words']
+    """
+    with matplotlib.rc_context(_RULES):
+        font = get_font(findfont(FontProperties(weight=weight)))
+    font.set_size(size, 72)
+    lines = [""]
+    for word in text.split(" "):  # and not at no-break spaces, which join numbers and units
+        longer = f"{lines[-1]} {word}".lstrip()
+        font.set_text(longer, 0)
+        if font.get_width_height()[0] / 64 > 72 * wide and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def balanced(text: str, *, size: float, weight: str) -> list[str]:
+    """As few lines as `wrapped` needs, of about equal length, so that no word stands alone in the last one."""
+    lines = wrapped(text, size=size, weight=weight)
+    wide = WIDTH - 2 * _MARGIN
+    for share in (0.55, 0.65, 0.75, 0.85):
+        narrow = wrapped(text, size=size, weight=weight, wide=share * wide)
+        if len(narrow) == len(lines):
+            return narrow
+    return lines
+
+
+def epoch_axis(axes: Axes, count: int, *, label: bool = True) -> None:
+    """Epochs from 1 to `count`, with whole numbers as ticks."""
+    axes.set_xlim(0.5, count + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+    if label:
+        axes.set_xlabel("epoch")
+
+
+def percent_axis(axes: Axes, *, which: str = "y", highest: float | None = None) -> None:
+    """An axis of shares in [0, 1], written in percent, from 0."""
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
+    top = 1.0 if highest is None else min(1.0, highest)
+    (axes.set_ylim if which == "y" else axes.set_xlim)(0, top)
+
+
+def percent(share: float, *, digits: int = 1) -> str:
+    """A share as text, number and sign joined by a no-break space.
+
+    Example:
+        >>> percent(0.4312).split()
+        ['43.1', '%']
+    """
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def lighter(colour: str, share: float) -> tuple[float, float, float]:
+    """A colour mixed with white; `share` of 1 is white.
+
+    Example:
+        >>> lighter("#000000", 0.5)
+        (0.5, 0.5, 0.5)
+    """
+    red, green, blue = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
+    return (red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share)
+
+
+def png(figure: Figure, *, dpi: int = DPI) -> bytes:
+    """The figure as a PNG file, with its title as description for those who cannot see it."""
+    buffer = io.BytesIO()
+    about = {"Software": f"Instar {instar.__version__}", "Description": figure.get_suptitle().replace("\n", " ")}
+    with matplotlib.rc_context(_RULES):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata=about)
+    return buffer.getvalue()
+
+
+def write_png(figure: Figure, path: Path) -> Path:
+    """Write the figure as PNG of 150 dpi, whole or not at all; the folder is made if need be.
+
+    Raises:
+        UserError: The disk is full or read-only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror or error}") from None
+    write_atomically(path, png(figure))
+    return path
