@@ -60,9 +60,11 @@ def ours(precision: torch.dtype, *, fold: bool) -> Callable[[nn.Module, torch.op
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
         half = precision != torch.float32
-        stand_in = None
+        stand_in: Folded | None = None
         if fold:
-            stand_in = stand_ins.setdefault(id(model), Folded(model, dtype=precision if half else None))
+            if id(model) not in stand_ins:
+                stand_ins[id(model)] = Folded(model, dtype=precision if half else None)
+            stand_in = stand_ins[id(model)]
             stand_in.refresh(model)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             instar.training_step(model, method, instar.Batch(x, y), optimizer, attacked=stand_in)

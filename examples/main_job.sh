@@ -15,7 +15,7 @@ kill -INT "$training" 2>/dev/null || true
 wait "$training" || true
 
 echo "2. resume: it goes on exactly where it stopped"
-instar train gairat --data digits --model small_cnn --width 16 --epochs 20 --seed 0 --out "$out" --resume
+instar train --resume --out "$out"
 
 echo "3. evaluate the best and the last checkpoint"
 instar evaluate "$out" --suite standard --n 100

@@ -31,6 +31,7 @@ from instar.config import (
     choose_precision,
     find_recipe,
     learning_rate,
+    read_value,
     written,
 )
 from instar.data import (
@@ -48,6 +49,7 @@ from instar.data import (
 )
 from instar.errors import UserError
 from instar.evidence import Batch
+from instar.expression import assign, parse
 from instar.instances import InstanceTable
 from instar.method import Method
 from instar.methods import Recipe
@@ -63,7 +65,7 @@ from instar.weightspace.average import averaged_copy
 SELECTION_STEPS = 10
 """Steps of the margin PGD by which the best checkpoint is chosen."""
 
-RESUME = "go on with --resume"
+RESUME = "go on with: instar train --resume --out"
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -213,7 +215,7 @@ def train(
             raise UserError("arguments belong to a recipe; a Method has them already")
         method = recipe
         for path, item in (changes or {}).items():
-            method = instar.expression.assign(method, path, item)
+            method = assign(method, path, item)
     else:
         found = find_recipe(recipe) if isinstance(recipe, str) else recipe
         method = build_method(found, arguments or {}, info=info, settings=chosen, changes=changes)
@@ -249,9 +251,47 @@ def train(
         note=note,
     )
     state = _fresh_state(run, network)
-    if resume:
-        load_state(state, folder / "checkpoints" / "state.safetensors", fingerprint=fingerprint)
+    saved = folder / "checkpoints" / "state.safetensors"
+    if resume and saved.exists():  # a run that was killed before its first save begins again
+        load_state(state, saved, fingerprint=fingerprint)
     return _train(run, state)
+
+
+def resume(
+    out: str | Path,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    **where: Any,
+) -> Result:
+    """Go on with the run in a folder, which knows its own configuration.
+
+    Args:
+        out: The run's folder.
+        on_event: See `train`.
+        note: See `train`.
+        **where: `root`, `device` and `save_every` may differ from those of the interrupted run.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: The folder holds no run, or one whose data set or model only Python code can give.
+        Interrupted: As `train`.
+    """
+    stored = read_run(out)
+    kept: dict[str, Any] = {name: where.get(name) or item for name, item in stored["training"].items()}
+    if kept["data"] == "custom" or (kept["model"] is None and stored["model"]["arguments"] is None):
+        raise UserError(
+            f"the data set or model of {out} was given in Python: call instar.train.train(..., resume=True)"
+        )
+    if ":" in stored["recipe"]:
+        find_recipe(stored["recipe"])  # imports the user's signals, which the method's expression names
+    for entry in dataclasses.fields(Settings):
+        if isinstance(kept[entry.name], str) and "float" in str(entry.type):
+            kept[entry.name] = read_value(kept[entry.name])
+    method = parse(stored["method"])
+    return train(method, out=out, resume=True, on_event=on_event, note=note, **kept)
 
 
 def _images(data: Any, settings: Settings) -> Images:
@@ -373,7 +413,7 @@ def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str
         return
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: {RESUME}, or choose another --out")
+            raise UserError(f"{folder} is not empty: {RESUME} {folder}, or choose another --out")
         for part in ("checkpoints", "instances"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         content = json.dumps({**described, "fingerprint": fingerprint}, indent=2, ensure_ascii=False)
@@ -645,7 +685,7 @@ def _save_state(run: _Run, state: State) -> None:
 def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
     name = signal.Signals(number).name
     where = f"epoch {state.epoch}, step {state.step} of {run.steps}"
-    return Interrupted(f"{name}: saved at {where} in {run.out}; {RESUME}", number)
+    return Interrupted(f"{name}: saved at {where}; {RESUME} {run.out}", number)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,11 @@ def test_a_run_loads_as_a_plain_module_with_its_normalisation_inside(run: Path) 
     from instar.data import TestSplit, batches, load
 
     model = instar.load(run)
-    batch = next(batches(TestSplit(load("digits", split="test")), batch_size=360, epoch=0, seed=0, shuffle=False, drop_last=False))
+    batch = next(
+        batches(
+            TestSplit(load("digits", split="test")), batch_size=360, epoch=0, seed=0, shuffle=False, drop_last=False
+        )
+    )
     with torch.no_grad():
         accuracy = (model(batch.x).argmax(1) == batch.y).float().mean()
     assert accuracy > 0.2  # far above the 0.1 of chance after five steps of training
@@ -72,7 +76,19 @@ def test_evaluating_a_run_prints_intervals_and_writes_records(run: Path, capsys:
 
 
 def test_a_printed_configuration_makes_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "trades", "--data", "digits", *QUICK, "--beta", "3", "--eps", "4/255", "--set", "attack.mode=batch"]
+    words = [
+        "train",
+        "trades",
+        "--data",
+        "digits",
+        *QUICK,
+        "--beta",
+        "3",
+        "--eps",
+        "4/255",
+        "--set",
+        "attack.mode=batch",
+    ]
     assert main([*words, "--print-config"]) == 0
     config = tmp_path / "config.yaml"
     config.write_text(capsys.readouterr().out)
@@ -103,7 +119,11 @@ def test_a_recipe_of_your_own_trains_from_a_file(tmp_path: Path) -> None:
     stored = json.loads((out / "run.json").read_text())
     assert "Sharp(1.5)" in stored["method"]
     assert stored["recipe"] == f"{mine}:sharp"
-    assert main(["train", f"{mine}:sharp", "--power", "1.5", "--data", "digits", "--out", str(out), *QUICK, "--resume"]) == 0
+    assert (
+        main(["train", f"{mine}:sharp", "--power", "1.5", "--data", "digits", "--out", str(out), *QUICK, "--resume"])
+        == 0
+    )
+    assert main(["train", "--resume", "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -131,6 +151,8 @@ def test_a_recipe_of_your_own_trains_from_a_file(tmp_path: Path) -> None:
         (["train", "pgd_at", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "no_such_file.py:method"], "there is no file no_such_file.py"),
         (["evaluate", "no/such/run"], "no/such/run"),
+        (["train", "--resume"], "resume which run?"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere holds no run"),
         (["evaluate"], "evaluate what?"),
         (["explain", "gairt"], "unknown recipe"),
         (["data", "chek"], "unknown action"),
@@ -189,7 +211,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     words = _command("train", "pgd_at", "--out", str(out), *QUICK)
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, check=False)  # noqa: PLW1509
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "cannot write" in done.stderr

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from instar import AWP, Correct, CrossEntropy, Exceeds, Given, ProbabilityGap, Ramp, UserError, gairat, pgd_at, trades
 from instar.instances import read_instances
-from instar.train import EpochDone, Event, Interrupted, StepDone, train
+from instar.train import EpochDone, Event, Interrupted, StepDone, resume, train
 
 SMALL = {"data": "digits", "model": "small_cnn", "width": 4, "batch_size": 256, "epochs": 3, "precision": "float32"}
 
@@ -74,7 +74,9 @@ def test_a_run_interrupted_within_and_between_epochs_equals_the_uninterrupted_on
     _assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"ema": 0.0}, {"precision": "bf16", "schedule": "piecewise"}])
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "adamw"}, {"ema": 0.0}, {"precision": "bf16", "schedule": "piecewise"}]
+)
 def test_resume_is_exact_with_other_settings_too(settings: dict, tmp_path: Path) -> None:
     kind = SMALL | settings | {"epochs": 2}
     train("pgd_at", out=tmp_path / "whole", arguments={"steps": 1}, **kind)
@@ -102,6 +104,25 @@ def test_a_run_that_is_killed_outright_resumes_from_its_last_save(tmp_path: Path
     _assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_resumes_from_its_folder_alone(tmp_path: Path) -> None:
+    train("gairat", out=tmp_path / "whole", arguments={"steps": 2}, lr=8 / 255, **SMALL)
+    with pytest.raises(Interrupted):
+        train("gairat", out=tmp_path / "parts", arguments={"steps": 2}, lr=8 / 255, on_event=_interrupting(7), **SMALL)
+    resume(tmp_path / "parts")
+    _assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_again(tmp_path: Path) -> None:
+    kind = SMALL | {"epochs": 1}
+    train("pgd_at", out=tmp_path / "run", arguments={"steps": 1}, **kind)
+    weights = load_file(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    for part in (tmp_path / "run").rglob("*.safetensors"):
+        part.unlink()
+    resume(tmp_path / "run")
+    again = load_file(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     first = train("pgd_at", out=tmp_path / "run", arguments={"steps": 1}, **SMALL)
     before = (tmp_path / "run" / "checkpoints" / "state.safetensors").read_bytes()
@@ -112,7 +133,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty: go on with --resume, or choose another --out"):
+    with pytest.raises(UserError, match="not empty: go on with: instar train --resume"):
         train("pgd_at", out=tmp_path, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 

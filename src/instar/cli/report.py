@@ -32,19 +32,21 @@ def run(words: Sequence[str]) -> int:
         raise UserError("which run? instar report RUN [RUN ...], with folders that instar train --out has written")
     runs = [read(folder) for folder in folders]  # before any is drawn: a wrong name is said at once
     out = None if given.out is None else Path(given.out)
-    written = []
     taken: set[str] = set()
     for number, stored in enumerate(runs, start=1):
         name = stored.folder.resolve().name
         name = f"{name}-{number}" if name in taken else name
         taken.add(name)
         into = out / name if out is not None and len(runs) > 1 else out
-        written += write_pictures(stored, out=into, root=given.root)
+        _show(write_pictures(stored, out=into, root=given.root))
     if len(runs) > 1:
-        written += compare_pictures(runs, runs[0].folder.resolve().parent / "comparison" if out is None else out)
-    for path in written:
-        print(path)
+        _show(compare_pictures(runs, runs[0].folder.resolve().parent / "comparison" if out is None else out))
     return 0
+
+
+def _show(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(path, flush=True)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from instar.data import info
 from instar.errors import UserError
 from instar.methods import RECIPES, Recipe
 from instar.runs import read_run
-from instar.train import Interrupted, train
+from instar.train import Interrupted, Result, resume, train
 
 DESCRIPTION = f"""Train a robust classifier.
 
@@ -39,6 +39,8 @@ def run(words: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words[:1] = ["--recipe", words[0]]
     name = _recipe_name(words)
+    if name is None and "--resume" in words:
+        return _resume(words)
     if name is None and not {"-h", "--help"} & set(words):
         raise UserError(WHICH)
     recipe = find_recipe(name) if name else None
@@ -69,13 +71,38 @@ def run(words: Sequence[str]) -> int:
         except Interrupted as stopped:
             show.line(str(stopped))
             return 128 + stopped.signal_number
-    best = result.best
+    _summarise(result)
+    return 0
+
+
+def _resume(words: Sequence[str]) -> int:
+    """Go on with a run that is named by nothing but its folder."""
+    made = parser("train --resume", "Go on with the run in --out, exactly; it knows its own configuration.")
+    made.add_argument("--resume", action="store_true")
+    made.add_argument("--out", type=str, default=None, help="folder of the run")
+    made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
+    made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
+    given = parse(made, words)
+    if given.out is None:
+        raise UserError("resume which run? instar train --resume --out RUN")
+    stored = read_run(given.out)
+    with display(epochs=stored["training"]["epochs"], stream=sys.stdout) as show:
+        show.line(f"{stored['recipe']} on {stored['data']['name']}, resumed → {given.out}")
+        try:
+            result = resume(given.out, on_event=show, note=show.line, root=given.root, device=given.device)
+        except Interrupted as stopped:
+            show.line(str(stopped))
+            return 128 + stopped.signal_number
+    _summarise(result)
+    return 0
+
+
+def _summarise(result: Result) -> None:
+    best, held_out = result.best, read_run(result.out)["selection"]["n"]
     print(
         f"best: epoch {best['epoch'] + 1:.0f}, {best['clean']:.1%} clean, {best['robust']:.1%} under margin PGD-10 "
-        f"on {read_run(out)['selection']['n']} held-out images\n"
-        f"next: instar evaluate {out}"
+        f"on {held_out} held-out images\nnext: instar evaluate {result.out}"
     )
-    return 0
 
 
 def _named(recipe: Recipe, name: str) -> Recipe:
