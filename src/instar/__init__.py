@@ -5,7 +5,7 @@ from instar.errors import UserError
 from instar.evidence import Adversary, Batch, Evidence
 from instar.expression import parse, value
 from instar.method import Method
-from instar.methods import RECIPES, gairat, pgd_at, trades
+from instar.methods import RECIPES, fat, gairat, iseat, mail_at, mail_trades, mart, natural, p_sat, pgd_at, trades
 from instar.runs import load
 from instar.schedules import Progress, Ramp, Schedule, Steps
 from instar.signals import (
@@ -72,8 +72,15 @@ __all__ = [
     "Zero",
     "__version__",
     "ball",
+    "fat",
     "gairat",
+    "iseat",
     "load",
+    "mail_at",
+    "mail_trades",
+    "mart",
+    "natural",
+    "p_sat",
     "parse",
     "pgd_at",
     "trades",
