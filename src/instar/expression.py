@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 import operator
+import types
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -20,7 +23,7 @@ T = TypeVar("T")
 
 _VALUES: dict[str, type] = {}
 _WORDS: dict[str, Any] = {"inf": math.inf, "nan": math.nan, "None": None, "True": True, "False": False}
-_LONGEST, _DEEPEST = 20_000, 60
+_LONGEST, _DEEPEST, _LARGEST = 20_000, 60, 2**53
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -50,11 +53,66 @@ def value(cls: type[T]) -> type[T]:
         (Halves(3), True)
     """
     own_repr = "__repr__" in cls.__dict__
+    validate: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
+
+    def check(self: Any) -> None:
+        try:
+            if validate is not None:
+                validate(self)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            _check_kinds(self)  # says it better, if a field of the wrong kind is what the validation stumbled over
+            raise UserError(f"cannot make {type(self).__name__}: {error}") from None
+        _check_kinds(self)
+
+    if "__post_init__" in cls.__dict__ or validate is None:  # an inherited one checks already
+        check.__doc__ = validate.__doc__ if validate is not None else "Check the kinds of the fields."
+        cls.__post_init__ = check  # type: ignore[attr-defined]
     made = dataclasses.dataclass(frozen=True, repr=False)(cls)
     if not own_repr:
         made.__repr__ = express  # type: ignore[method-assign]
     _VALUES[made.__name__] = made
     return made
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, tuple[tuple[type, ...], str]]:
+    """For each field the types that its annotation allows, and their names; fields that cannot be told are left out."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except (NameError, TypeError):  # annotations of a class inside a function may name what is not there any more
+        return {}
+    allowed: dict[str, tuple[tuple[type, ...], str]] = {}
+    for entry in dataclasses.fields(cls):
+        options = typing.get_args(hints[entry.name]) if _is_union(hints[entry.name]) else (hints[entry.name],)
+        plain = [typing.get_origin(option) or option for option in options]
+        if all(isinstance(option, type) for option in plain):
+            names = ["None" if option is type(None) else option.__name__ for option in plain]
+            allowed[entry.name] = (tuple(plain), " or ".join(names))
+    return allowed
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _check_kinds(item: Any) -> None:
+    """Refuse a field of another kind than its annotation says; a whole number passes for a float.
+
+    Raises:
+        UserError: With the field, what it must be and what it is.
+    """
+    for name, (kinds, names) in _kinds(type(item)).items():
+        given = getattr(item, name)
+        if isinstance(given, kinds) and (bool in kinds or not isinstance(given, bool)):
+            continue
+        number_like = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if number_like and (float in kinds or (int in kinds and float(given).is_integer())):
+            continue
+        shown = repr(given)
+        raise UserError(
+            f"{name} of {type(item).__name__} must be {names}; got {type(given).__name__}: "
+            f"{shown if len(shown) < 80 else shown[:77] + '...'}"
+        )
 
 
 def known() -> dict[str, type]:
@@ -71,7 +129,7 @@ def number(x: float) -> str:
     """
     written = repr(x)
     # 0.1 and 0.2 are multiples of 1/510 too: only what has no short decimal is a fraction to a reader.
-    if isinstance(x, float) and math.isfinite(x) and len(written) > 8:
+    if isinstance(x, float) and abs(x) <= 4 and len(written) > 8:
         halves = round(x * 510)
         if halves / 2 / 255 == x:
             return f"{halves // 2 if halves % 2 == 0 else halves / 2}/255"
@@ -153,6 +211,8 @@ def _read(node: ast.expr, text: str, depth: int) -> Any:
     if depth > _DEEPEST:
         raise UserError(f"the expression {text[:60]!r}... is nested more than {_DEEPEST} levels deep")
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
+        if isinstance(node.value, int) and abs(node.value) > _LARGEST:
+            raise UserError(f"a whole number may be at most {_LARGEST}; got one of {node.value.bit_length()} bits")
         return node.value
     if isinstance(node, ast.Name):
         if node.id in _WORDS:
@@ -178,8 +238,14 @@ def _read(node: ast.expr, text: str, depth: int) -> Any:
             raise UserError(f"** cannot be used in an expression: {text[:80]!r}")
         arguments = [_read(item, text, depth + 1) for item in node.args]
         named = {str(keyword.arg): _read(keyword.value, text, depth + 1) for keyword in node.keywords}
+        if len(named) < len(node.keywords):
+            raise UserError(f"{node.func.id} got an argument twice in {text[:80]!r}")
         return build(cls, arguments, named)
-    raise UserError(f"{ast.unparse(node)[:60]!r} is not allowed in an expression: use names of values and numbers")
+    try:
+        part = ast.unparse(node)
+    except RecursionError:
+        part = text
+    raise UserError(f"{part[:60]!r} is not allowed in an expression: use names of values and numbers")
 
 
 def _apply(function: Callable[..., Any], text: str, *operands: Any) -> Any:

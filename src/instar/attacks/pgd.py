@@ -18,6 +18,7 @@ from instar.signals import CrossEntropy, Signal
 from instar.signals.losses import check_choice
 from instar.threat import Ball, Linf
 
+MOST_STEPS = 1_000_000
 _IN_ATTACK = frozenset({"clean", "adv", "kappa", "input_grad"})
 
 
@@ -69,7 +70,7 @@ class PGD(Attack):
         """Check the fields that are numbers already."""
         check_choice("PGD", "mode", self.mode, MODES)
         if not isinstance(self.steps, Schedule):
-            if isinstance(self.steps, bool) or self.steps != int(self.steps) or self.steps < 0:
+            if isinstance(self.steps, bool) or self.steps != int(self.steps) or not 0 <= self.steps <= MOST_STEPS:
                 raise UserError(f"steps of PGD must be a whole number of at least 0; got {self.steps}")
             object.__setattr__(self, "steps", int(self.steps))
         if not isinstance(self.step_size, Schedule) and not 0 <= self.step_size < math.inf:
@@ -128,6 +129,9 @@ class PGD(Attack):
                     stepped = torch.where(active.view(-1, 1, 1, 1), stepped, moved)
                 moved = stepped
                 moves += active
+            if self.stop is not None or self.steps == 0:
+                # Whatever never moved is still at its start, which may lie outside (Gaussian noise, a given one).
+                moved = torch.where((moves > 0).view(-1, 1, 1, 1), moved, self.ball.project(moved, x))
         return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=self.steps)
 
     def _gradient(self, model: nn.Module, batch: Batch, at: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor]:

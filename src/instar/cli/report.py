@@ -11,9 +11,9 @@ from instar.report import compare_pictures, read, write_pictures
 
 DESCRIPTION = """Draw pictures of runs from their files; a run may still be going on.
 
-Each run gets learning curves, how many attack steps its training images survive, how unevenly the loss lies on them, the
-hardest and easiest of them, and its evaluations: into RUN/pictures, or into --out. Several runs are also drawn side by
-side, into the folder comparison beside the first one, or into --out, which then gets a folder for each run too."""
+Each run gets learning curves, how many attack steps its training images survive, how unevenly the loss lies on them,
+the hardest and easiest of them, and its evaluations: into RUN/pictures, or into --out. Several runs are also drawn side
+by side, into the folder comparison beside the first one, or into --out, which then gets a folder for each run too."""
 
 
 def run(words: Sequence[str]) -> int:

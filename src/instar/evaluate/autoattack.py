@@ -175,8 +175,13 @@ class AutoAttack:
         reused = state.stage == len(plan)
         if self.ball.radius == 0:  # the ball is a point: nothing can move, and some stages would divide by zero
             return Outcome(shard.correct.cpu().numpy(), state.broken_by, tuple(stage.name for stage in plan))
+        if self.ball.norm != "Linf" and min(shard.x.shape[2:]) < 5:
+            raise UserError(
+                f"Square in {self.ball.norm} tiles images by fifths, so AutoAttack needs at least 5×5 pixels; got "
+                f"{shard.x.shape[2]}×{shard.x.shape[3]}"
+            )
         with _alone(subject.device), _warnings_into(state.flags), torch.no_grad():
-            model = _Contiguous(subject.model)
+            model = subject.model
             reference = self._reference(model, plan, seed=seed, device=subject.device)
             if state.stage == 0 and state.position == 0:
                 _check(model, shard, batch_size)
@@ -353,31 +358,6 @@ def _check(model: nn.Module, shard: Shard, batch_size: int) -> None:
         checks.check_dynamic(model, x, False, logger=logger)
     finally:
         sys.settrace(tracing)
-
-
-class _Layout(torch.autograd.Function):
-    """The image as it is; its gradient in plain memory order, because the reference calls ``.view`` on it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous()
-
-
-class _Contiguous(nn.Module):
-    """A model of any memory order to which and from which everything flows in plain order."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K)."""
-        logits: Tensor = self.model(_Layout.apply(x.contiguous()))
-        return logits.contiguous()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ def examine(
         return Outcome(stored["robust"].astype(bool), none, seconds=float(stored["seconds"]), reused=True)
     begun = time.perf_counter()
     robust = np.zeros(len(shard), dtype=bool)
-    batches = shard.correct.nonzero().flatten().split(batch_size)
+    standing = shard.correct.nonzero().flatten()
+    batches = standing.split(batch_size) if len(standing) else ()  # nothing, split, is one batch of nothing
     for done, rows in enumerate(batches, start=1):
         draws = generator(seed, step=int(shard.index[rows[0]]), purpose=f"evaluate {attack!r}", device=subject.device)
         stands = withstands(attack, subject, Batch(shard.x[rows], shard.y[rows]), draws)

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from instar.errors import UserError
 from instar.evaluate.intervals import wilson
 from instar.evaluate.sanity import Finding
-from instar.evaluate.shards import Arrays, make_folder, packed
+from instar.evaluate.shards import Arrays, make_folder, packed, unpacked
 from instar.models.files import write_atomically
 
 FORMAT = 1
@@ -180,8 +179,7 @@ def read(path: str | os.PathLike[str]) -> Record:
         scores = {
             name: Score(entry["title"], entry["correct"], entry["count"]) for name, entry in content["results"].items()
         }
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-            instances = {name: arrays[name] for name in arrays.files}
+        instances = unpacked(path.with_suffix(".npz"))
         return Record(
             target=content["target"],
             suite=content["suite"],
@@ -193,5 +191,5 @@ def read(path: str | os.PathLike[str]) -> Record:
             run=content["run"],
             path=path,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"cannot read the evaluation record {path}: {error}") from None

@@ -129,8 +129,7 @@ class Store:
         if self.folder is None:
             return None
         try:
-            with np.load(self.folder / key, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+            return unpacked(self.folder / key)
         except Exception:  # absent or damaged in whatever way: either means to compute it again
             return None
 
@@ -151,6 +150,17 @@ def packed(arrays: Arrays) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def unpacked(path: Path) -> Arrays:
+    """The arrays of a ``.npz`` file, without the right to run code.
+
+    Raises:
+        Exception: The file is absent, or damaged in one of many ways.
+    """
+    # Opened here, because numpy leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def make_folder(folder: Path) -> None:

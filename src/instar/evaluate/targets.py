@@ -120,7 +120,7 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
     for name, file in present.items():
         model = load_weights(file, model=_given(wishes, split))
         card = read_card(file)
-        checkpoint = {"which": name, "rule": rules[name], "file": file.name}
+        checkpoint: dict[str, Any] = {"which": name, "rule": rules[name], "file": file.name}
         checkpoint |= {key: card.get(key) for key in ("epoch", "weights", "selection")}
         training = {key: run.get(key) for key in ("recipe", "method", "precision", "versions")} | {"data": _used(run)}
         cases.append(Case(name, str(folder), model, split, threat, checkpoint, card["sha256"], training, out))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from instar.errors import UserError
-from instar.report.stored import StoredRun, Unavailable, read
+from instar.report.stored import StoredRun, UnavailableError, read
 
 TOP = 0.1
 """Share of the instances whose part of the loss is reported."""
@@ -76,7 +76,7 @@ def survival_counts(run: str | Path | StoredRun) -> Survival:
     known = None not in told
     steps = np.array(told if known else [largest] * len(found), dtype=np.int64)
     if (steps < 1).any():
-        raise Unavailable(f"κ says nothing about {stored.folder}: its attack takes no step in some epoch")
+        raise UnavailableError(f"κ says nothing about {stored.folder}: its attack takes no step in some epoch")
     for epoch, counts, most in zip(stored.tables, found, steps, strict=True):
         if len(counts) - 1 > most:
             raise UserError(
@@ -99,8 +99,7 @@ def _count(stored: StoredRun, epoch: int) -> np.ndarray:
 class Unevenness:
     """How unevenly the training loss lies on the instances, by epoch.
 
-    The loss is the one that the method minimises, per instance and with its weights; different methods' losses have
-    different scales, but shares of the total can be compared.
+    The loss is the one that the method minimises, per instance and with its weights.
 
     Attributes:
         epochs: Epochs (E,), from 0.
@@ -150,32 +149,6 @@ def losses(run: str | Path | StoredRun, epoch: int) -> np.ndarray:
     if not np.isfinite(found).all():
         raise UserError(f"epoch {epoch} of {stored.folder} has losses that are not finite: did training diverge?")
     return found
-
-
-def top_share(self) -> np.ndarray:
-        """Share of the total loss that the tenth with the highest loss carries (E,); see `top_share`."""
-        return np.array([top_share(found) for found in self.losses])
-
-
-def unevenness_of(run: str | Path | StoredRun) -> Unevenness:
-    """The losses of the instances that were trained on, for every stored epoch.
-
-    Args:
-        run: Run folder.
-
-    Returns:
-        Sorted losses.
-
-    Raises:
-        UserError: No instance table is stored, or one is damaged.
-    """
-    stored = read(run)
-    stored.require_tables()
-    losses = tuple(np.sort(stored.instances(epoch)["loss"].astype(np.float64)) for epoch in stored.tables)
-    for epoch, found in zip(stored.tables, losses, strict=True):
-        if not np.isfinite(found).all():
-            raise UserError(f"epoch {epoch} of {stored.folder} has losses that are not numbers: training diverged")
-    return Unevenness(np.array(stored.tables), losses)
 
 
 def top_share(losses: np.ndarray, *, top: float = TOP) -> float:

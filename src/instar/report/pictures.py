@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 
 from instar.errors import UserError
 from instar.evaluate.record import Record
-from instar.evaluate.record import read as read_record
-from instar.report.figures import evaluation_bars, instance_curves, learning_curves, survival, unevenness
-from instar.report.gallery import gallery
-from instar.report.stored import StoredRun, Unavailable, names, read, read_all
+from instar.report.bars import evaluation_bars
+from instar.report.contact import gallery
+from instar.report.curves import instance_curves, learning_curves
+from instar.report.geometry import survival
+from instar.report.ridges import unevenness
+from instar.report.stored import StoredRun, UnavailableError, names, read, read_all, read_evaluation
 from instar.report.style import write_png
 
 Plan = list[tuple[str, Callable[[], Figure]]]
@@ -26,8 +28,8 @@ def write_pictures(
 ) -> list[Path]:
     """Draw everything that a run's files allow: learning curves, survival, unevenness, gallery, evaluations.
 
-    What does not exist yet is left out with a warning (no evaluation is no reason for one). A damaged file costs its own
-    pictures only: the others are written before the error is raised.
+    What does not exist yet is left out with a warning (no evaluation is no reason for one). A damaged file costs its
+    own pictures only: the others are written before the error is raised.
 
     Args:
         run_folder: The run; it may still be running.
@@ -65,8 +67,8 @@ def compare_pictures(runs: Sequence[str | Path | StoredRun], out: str | Path) ->
         out: Folder for the pictures. Pictures of that name are replaced.
 
     Returns:
-        The files: ``learning_curves.png``, ``instances.png``, and ``evaluation-<suite>.png`` for every suite that at least
-        two runs were evaluated by, in one threat model on the same images.
+        The files: ``learning_curves.png``, ``instances.png``, and ``evaluation-<suite>.png`` for every suite that at
+        least two runs were evaluated by, in one threat model on the same images.
 
     Raises:
         UserError: A folder holds no run or no finished epoch, a file is damaged, or the disk is full or read-only.
@@ -83,14 +85,14 @@ def _draw(plan: Iterable[tuple[str, Callable[[], Figure]]], folder: Path) -> lis
     for name, figure in plan:
         try:
             written.append(write_png(figure(), folder / name))
-        except Unavailable as reason:
+        except UnavailableError as reason:
             warnings.warn(f"no {name}: {reason}", stacklevel=3)
         except UserError as error:
             failed.append(error)
     if failed:
         others = {str(error) for error in failed[1:]} - {str(failed[0])}
         more = f" (and {len(others)} more)" if others else ""
-        kept = f"; {len(written)} other pictures are in {folder}" if written else ""
+        kept = f"; the other pictures are in {folder}" if written else ""
         raise UserError(f"{failed[0]}{more}{kept}")
     return written
 
@@ -104,7 +106,7 @@ def _evaluations(runs: Sequence[StoredRun]) -> Plan:
         # The shortest name first: a record that gave way to a newer one of the same checkpoint has a longer one.
         for path in sorted((run.folder / "evaluations").glob("*.json"), key=lambda path: (len(path.name), path.name)):
             try:
-                record = read_record(path)
+                record = read_evaluation(path)
                 key = _protocol(record)
             except UserError as error:
                 plan.append((f"evaluation-{path.stem}.png", partial(_fail, error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import re
@@ -21,7 +22,6 @@ from instar.errors import UserError
 from instar.evaluate.record import Record
 from instar.evaluate.record import read as read_record
 from instar.expression import parse
-from instar.instances import read_instances
 from instar.method import Method
 from instar.methods import RECIPES
 from instar.schedules import Progress
@@ -29,11 +29,13 @@ from instar.schedules import Progress
 LOGGED = ("epoch", "lr", "train_loss", "train_robust", "selection_clean", "selection_robust")
 """Fields that every line of ``log.jsonl`` must have to be drawn."""
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
+
 _MOST_CHANGES = 3
 """A method that changes more often than this follows a ramp: marking every epoch would say nothing."""
 
 
-class Unavailable(UserError):
+class UnavailableError(UserError):
     """What a picture needs does not exist (yet), which is no damage: pictures that need less can still be made."""
 
 
@@ -137,10 +139,10 @@ class StoredRun:
         """Refuse a run without instance tables.
 
         Raises:
-            Unavailable: There is none.
+            UnavailableError: There is none.
         """
         if not self.tables:
-            raise Unavailable(f"{self.folder} has no instance table yet: has the run finished its first epoch?")
+            raise UnavailableError(f"{self.folder} has no instance table yet: has the run finished its first epoch?")
 
     def instances(self, epoch: int) -> dict[str, np.ndarray]:
         """The rows of the instances that were trained on in an epoch.
@@ -155,10 +157,7 @@ class StoredRun:
             UserError: The file is missing or damaged, or holds no row of that epoch.
         """
         path = self.folder / "instances" / f"epoch_{epoch:03d}.npz"
-        try:
-            table = read_instances(path)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise UserError(f"cannot read the instance table {path}: {error}") from None
+        table = _arrays(path)
         if missing := {"seen", "kappa", "loss"} - set(table):
             raise UserError(f"the instance table {path} has no column {', '.join(sorted(missing))}")
         if len({column.shape for column in table.values()}) != 1 or table["seen"].ndim != 1:
@@ -175,7 +174,7 @@ class StoredRun:
         Raises:
             UserError: A record is damaged.
         """
-        return [read_record(path) for path in sorted((self.folder / "evaluations").glob("*.json"))]
+        return [read_evaluation(path) for path in sorted((self.folder / "evaluations").glob("*.json"))]
 
 
 def read(run: str | Path | StoredRun) -> StoredRun:
@@ -197,7 +196,9 @@ def read(run: str | Path | StoredRun) -> StoredRun:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no run: there is no run.json in it. Give the folder that --out named") from None
+        raise UserError(
+            f"{folder} holds no run: there is no run.json in it. Give the folder that --out named"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     try:
@@ -206,6 +207,27 @@ def read(run: str | Path | StoredRun) -> StoredRun:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not the description of a run: {type(error).__name__}: {error}") from None
     return stored
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        # From memory: numpy leaves the file open when the archive in it is damaged.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, *_DAMAGED) as error:
+        raise UserError(f"cannot read the instance table {path}: {error}") from None
+
+
+def read_evaluation(path: Path) -> Record:
+    """Read an evaluation record.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    try:
+        return read_record(path)
+    except _DAMAGED as error:
+        raise UserError(f"cannot read the evaluation record {path}: {error}") from None
 
 
 def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:

@@ -1,4 +1,4 @@
-"""One look for all pictures: colours that colour-blind readers can tell apart, a title that says what is seen, sources."""
+"""One look for all pictures: colours for colour-blind readers too, a title that says what is seen, sources below."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 import instar
 from instar.errors import UserError
@@ -32,7 +32,8 @@ WIDTH = 10.0
 DPI = 150
 
 _MARGIN = 0.35
-_RULES: dict[str, Any] = {
+# Typed loosely, because the type of rules differs between versions of matplotlib.
+_RULES: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -127,7 +128,14 @@ class Sheet:
         y = 1 - (0.3 + 0.25 * len(headline)) / total
         self.figure.text(edge, y, "\n".join(explained), va="top", fontsize=9.5, color=GREY, linespacing=1.4)
         self.figure.text(
-            edge, 0.14 / total, "\n".join(sources), va="bottom", fontsize=7.5, color=GREY, linespacing=1.4, gid="sources"
+            edge,
+            0.14 / total,
+            "\n".join(sources),
+            va="bottom",
+            fontsize=7.5,
+            color=GREY,
+            linespacing=1.4,
+            gid="sources",
         )
 
     def grid(self, rows: int, columns: int, **layout: Any) -> Any:
@@ -150,7 +158,7 @@ def wrapped(text: str, *, size: float, weight: str = "normal", wide: float = WID
         At least one line.
 
     Example:
-        >>> wrapped("ever so many words", size=10, wide=0.8)
+        >>> wrapped("ever so many words", size=10, wide=1.0)
         ['ever so', 'many words']
     """
     with matplotlib.rc_context(_RULES):
@@ -186,22 +194,29 @@ def epoch_axis(axes: Axes, count: int, *, label: bool = True) -> None:
         axes.set_xlabel("epoch")
 
 
-def percent_axis(axes: Axes, *, which: str = "y", highest: float | None = None) -> None:
-    """An axis of shares in [0, 1], written in percent, from 0."""
+def percent_axis(axes: Axes, *, which: str = "y", highest: float = 1.0) -> None:
+    """An axis of shares in [0, 1], written in percent, from 0.
+
+    Args:
+        axes: Whose axis.
+        which: ``"x"`` or ``"y"``.
+        highest: Its upper end. Above 1, the rest is room for a legend and has no ticks.
+    """
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
-    top = 1.0 if highest is None else min(1.0, highest)
-    (axes.set_ylim if which == "y" else axes.set_xlim)(0, top)
+    whole = [k / 5 for k in range(6)]
+    axis.set_major_locator(FixedLocator(whole) if highest > 1 else MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    (axes.set_ylim if which == "y" else axes.set_xlim)(0, highest)
 
 
-def percent(share: float, *, digits: int = 1) -> str:
-    """A share as text, number and sign joined by a no-break space.
+def above(highest: float, rows: int) -> float:
+    """Upper end of an axis that leaves room for a legend of some rows above values up to `highest`.
 
     Example:
-        >>> percent(0.4312).split()
-        ['43.1', '%']
+        >>> above(0.5, 0) < above(0.5, 3) < 1
+        True
     """
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    return 1.06 * highest / (1 - 0.065 * rows)
 
 
 def lighter(colour: str, share: float) -> tuple[float, float, float]:

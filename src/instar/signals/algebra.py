@@ -104,8 +104,8 @@ class Constant(Signal):
         UserError: `amount` is not a number.
 
     Example:
-        >>> 2 * Constant(3.0)
-        Product(Constant(2), Constant(3.0))
+        >>> Constant(3.0)
+        Constant(3.0)
     """
 
     amount: Number
@@ -121,10 +121,6 @@ class Constant(Signal):
             raise UserError(f"the coefficient is still the schedule {self.amount!r}: use method.at(progress) first")
         logits = next((z for z in (evidence.adv, evidence.clean, evidence.anchor) if z is not None), evidence.x)
         return torch.full((len(evidence.y),), float(self.amount), device=logits.device, dtype=logits.dtype)
-
-    def __repr__(self) -> str:
-        """The bare number: in an expression it becomes a `Constant` again."""
-        return express(self.amount)
 
 
 @value
@@ -149,13 +145,12 @@ class Sum(Signal):
 
     def __repr__(self) -> str:
         """`a + b`, or `a - b` where b is negated."""
-        negative = isinstance(self.right, Negated)
-        right = self.right.operand if isinstance(self.right, Negated) else self.right
-        if isinstance(self.left, Constant) and isinstance(right, Constant):
-            return f"Sum({_constructor(self.left)}, {_constructor(self.right)})"
-        if negative:
-            return f"{self.left!r} - {_in_product(right)}"
-        return f"{self.left!r} + " + (f"({right!r})" if isinstance(right, Sum) else repr(right))
+        if _numbers(self.left, self.right):
+            return f"Sum({self.left!r}, {self.right!r})"
+        if isinstance(self.right, Negated):
+            return f"{_term(self.left)} - {_factor(self.right.operand, last=True)}"
+        right = f"({self.right!r})" if isinstance(self.right, Sum) else _term(self.right)
+        return f"{_term(self.left)} + {right}"
 
 
 @value
@@ -182,10 +177,10 @@ class Product(Signal):
 
     def __repr__(self) -> str:
         """`a * b`, with parentheses where a or b is a sum, or b a product."""
-        if isinstance(self.left, Constant) and isinstance(self.right, Constant):
-            return f"Product({_constructor(self.left)}, {_constructor(self.right)})"
-        right = f"({self.right!r})" if isinstance(self.right, Product) else _in_product(self.right)
-        return f"{_in_product(self.left)} * {right}"
+        if _numbers(self.left, self.right):
+            return f"Product({self.left!r}, {self.right!r})"
+        right = f"({self.right!r})" if isinstance(self.right, Product) else _factor(self.right, last=True)
+        return f"{_factor(self.left)} * {right}"
 
 
 @value
@@ -208,7 +203,9 @@ class Negated(Signal):
 
     def __repr__(self) -> str:
         """`-a`."""
-        return _constructor(self) if isinstance(self.operand, Constant) else f"-{_in_product(self.operand)}"
+        if isinstance(self.operand, Constant):
+            return f"Negated({self.operand!r})"
+        return f"-({self.operand!r})" if isinstance(self.operand, (Sum, Product, Negated)) else f"-{self.operand!r}"
 
 
 def _as_signals(signal: Signal, *names: str) -> None:
@@ -216,12 +213,19 @@ def _as_signals(signal: Signal, *names: str) -> None:
         object.__setattr__(signal, name, as_signal(getattr(signal, name)))
 
 
-def _in_product(signal: Signal) -> str:
-    return f"({signal!r})" if isinstance(signal, (Sum, Negated)) else repr(signal)
+def _numbers(left: Signal, right: Signal) -> bool:
+    """Whether operators between the two would compute a number instead of reading back as signals."""
+    bare = right.operand if isinstance(right, Negated) else right
+    return isinstance(left, Constant) and isinstance(bare, Constant)
 
 
-def _constructor(signal: Signal) -> str:
-    """The constructor form, where the operators between two numbers would compute instead of reading back."""
-    if isinstance(signal, Negated):
-        return f"Negated({_constructor(signal.operand)})"
-    return f"Constant({express(signal.amount)})" if isinstance(signal, Constant) else repr(signal)
+def _term(signal: Signal) -> str:
+    """A signal as a term of a sum; constants are bare numbers there."""
+    return express(signal.amount) if isinstance(signal, Constant) else repr(signal)
+
+
+def _factor(signal: Signal, *, last: bool = False) -> str:
+    """A signal as a factor; behind another factor, a number with an operator of its own needs parentheses."""
+    text = _term(signal)
+    compound = isinstance(signal, (Sum, Negated)) or (last and isinstance(signal, Constant) and not text.isidentifier())
+    return f"({text})" if compound and (not isinstance(signal, Constant) or "/" in text or "-" in text) else text

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from instar.data import Images, load
 from instar.data.indexed import as_float
 from instar.errors import UserError
-from instar.report.figures import source_line
-from instar.report.stored import StoredRun, Unavailable, read
+from instar.report.stored import StoredRun, UnavailableError, read
 from instar.report.style import EASY, GREY, HARD, INK, Sheet, styled
+from instar.report.wording import significant, source_line
 
-COLUMNS = 10
-ROWS = 2
+COLUMNS, ROWS = 10, 2
+"""Images in a line, and lines, of each of the two sections."""
+_LONGEST_CLASS = 14
 
 
 @styled
@@ -49,75 +53,57 @@ def gallery(run: str | Path | StoredRun, root: str | Path | None = None, *, imag
             f"{stored.folder} was trained on at least {int(rows['position'].max()) + 1} images; {shown.info.title} has "
             f"{len(shown)}. Is it another data set?"
         )
-    order = ranked(rows["kappa"], rows["loss"])
-    count = min(COLUMNS * ROWS, len(order) // 2)
+    n = len(rows["position"])
+    count = min(COLUMNS * ROWS, n // 2)
     if count == 0:
-        raise Unavailable(f"{stored.folder} was trained on fewer than two images: there is no hardest and no easiest")
-    chosen = {"hardest": order[:count], "easiest": order[::-1][:count]}
-    lines = -(-count // COLUMNS)
+        raise UnavailableError(
+            f"{stored.folder} was trained on fewer than two images: there is no hardest and no easiest"
+        )
+    kappa, loss = rows["kappa"].astype(np.int64), rows["loss"].astype(np.float64)
+    sections = (("hardest", HARD, ranked(kappa, loss)[:count]), ("easiest", EASY, ranked(-kappa, -loss)[:count]))
+    lines = math.ceil(count / COLUMNS)
     sheet = Sheet(
         2 * (0.42 + 1.2 * lines),
         title=f"{stored.title} on {stored.data}: what the network finds hardest and easiest",
-        subtitle=f"Training images of epoch {epoch + 1} by κ, the number of attack iterates still classified correctly, then by "
-        "loss. Below each: class, κ and loss.",
+        subtitle=f"Training images of epoch {epoch + 1} by κ, the number of attack iterates still classified "
+        "correctly, then by loss. Below each: class, κ and loss.",
         footer=[
             source_line([stored]),
-            f"n = {len(order):,} images trained on in epoch {epoch + 1}. κ and loss were measured on augmented views; the "
+            f"n = {n:,} images trained on in epoch {epoch + 1}. κ and loss were measured on augmented views; the "
             "pictures are the originals. The loss is the method's own, its instance weights included.",
         ],
         left=0.0,
         right=0.0,
         bottom=-0.3,  # the captions of the last row reach below its axes already
     )
+    figure, inch = sheet.figure, 1 / sheet.figure.get_figheight()
     half = (sheet.top - sheet.bottom) / 2
-    inch = 1 / sheet.figure.get_figheight()
-    for section, (name, colour) in enumerate((("hardest", HARD), ("easiest", EASY))):
+    for section, (name, colour, picked) in enumerate(sections):
         top = sheet.top - section * half
-        sheet.figure.text(
-            sheet.left, top + 0.25 * inch, name.capitalize(), fontsize=10.5, fontweight="bold", color=colour, va="top"
+        heading: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": colour, "va": "top"}
+        figure.text(sheet.left, top + 0.25 * inch, name.capitalize(), **heading)
+        bottom = top - half + 0.62 * inch
+        grid = figure.add_gridspec(
+            lines, COLUMNS, left=sheet.left, right=sheet.right, top=top, bottom=bottom, wspace=0.12, hspace=0.45
         )
-        grid = sheet.figure.add_gridspec(
-            lines,
-            COLUMNS,
-            left=sheet.left,
-            right=sheet.right,
-            top=top,
-            bottom=top - half + 0.62 * inch,
-            wspace=0.12,
-            hspace=0.45,
-        )
-        picked = chosen[name]
-        pictures = as_float(shown.fetch(torch.from_numpy(rows["position"][picked])))
-        for place, row in enumerate(picked):
-            position = int(rows["position"][row])
-            axes: Any = sheet.figure.add_subplot(grid[place], label=f"{name} {position}")
-            picture = pictures[place].permute(1, 2, 0).numpy()
-            grey = picture.shape[2] == 1
-            axes.imshow(
-                picture[..., 0] if grey else picture[..., :3], cmap="gray" if grey else None, vmin=0, vmax=1,
-                interpolation="nearest",
-            )  # fmt: skip
-            axes.set_axis_off()
-            label = shown.classes[int(shown.labels[position])]
-            axes.text(
-                0.5, -0.05, textwrap.shorten(label.replace("_", " "), 14, placeholder="…"), transform=axes.transAxes,
-                ha="center", va="top", fontsize=8, color=INK, gid="class",
-            )  # fmt: skip
-            axes.text(
-                0.5, -0.21, f"κ {int(rows['kappa'][row])} · {_short(float(rows['loss'][row]))}", transform=axes.transAxes, ha="center",
-                va="top", fontsize=7, color=GREY, gid="measured",
-            )  # fmt: skip
-    return sheet.figure
+        positions = rows["position"][picked]
+        pictures = as_float(shown.fetch(torch.from_numpy(positions)))
+        for place, (row, position) in enumerate(zip(picked, positions, strict=True)):
+            axes = figure.add_subplot(grid[place], label=f"{name} {position}")
+            label = shown.classes[int(shown.labels[int(position)])]
+            _tile(axes, pictures[place], label, f"κ {kappa[row]} · {significant(loss[row])}")
+    return figure
 
 
-def _short(loss: float) -> str:
-    """Two significant digits.
-
-    Example:
-        >>> _short(6.96), _short(0.0543), _short(2.6e-5)
-        ('7.0', '0.054', '2.6e-05')
-    """
-    return f"{loss:.1f}" if loss >= 0.95 else f"{loss:.2g}"
+def _tile(axes: Axes, picture: Tensor, label: str, measured: str) -> None:
+    """One image (C, H, W) in [0, 1] with its captions; enlarged without smoothing, to show what the network sees."""
+    pixels = picture[:3].permute(1, 2, 0).numpy()
+    axes.imshow(pixels, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+    axes.set_axis_off()
+    caption: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "top"}
+    short = textwrap.shorten(label.replace("_", " "), _LONGEST_CLASS, placeholder="…")
+    axes.text(0.5, -0.05, short or label[:_LONGEST_CLASS], fontsize=8, color=INK, gid="class", **caption)
+    axes.text(0.5, -0.21, measured, fontsize=7, color=GREY, gid="measured", **caption)
 
 
 def ranked(kappa: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -134,15 +120,17 @@ def ranked(kappa: np.ndarray, loss: np.ndarray) -> np.ndarray:
         >>> ranked(np.array([3, 0, 0, 3]), np.array([0.1, 1.0, 2.0, 0.2])).tolist()
         [2, 1, 3, 0]
     """
-    return np.lexsort((-loss.astype(np.float64), kappa))
+    return np.lexsort((-loss, kappa))
 
 
 def _training_images(run: StoredRun, root: str | Path | None) -> Images:
     training, data = run.config["training"], run.config["data"]
     if data["name"] == "custom":
-        raise Unavailable(f"the data of {run.folder} were given in Python: give gallery(..., images=...) the training images")
+        raise UnavailableError(
+            f"the data of {run.folder} were given in Python: give gallery(..., images=...) the training images"
+        )
     where = training.get("root") if root is None else root
     try:
         return load(data.get("path") or data["name"], split="train", root=where, size=training.get("size"))
     except UserError as error:
-        raise Unavailable(str(error)) from None
+        raise UnavailableError(str(error)) from None
