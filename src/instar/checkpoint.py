@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from instar.errors import UserError
 from instar.instances import InstanceTable
-from instar.models.files import write_atomically
+from instar.storage import write_atomically
 
 FORMAT = 1
 

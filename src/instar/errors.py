@@ -30,9 +30,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
 
     Example:
         >>> str(unknown("recipe", "gairt", ["gairat", "trades", "pgd_at"]))
-        "unknown recipe 'gairt'. Did you mean 'gairat'? Known: gairat, pgd_at, trades"
+        "unknown recipe 'gairt'. Did you mean 'gairat' or 'pgd_at'? Known: gairat, pgd_at, trades"
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return UserError(f"unknown {kind} {str(name)!r}.{hint} Known: {', '.join(names) or 'none'}")

@@ -14,7 +14,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, dataclass_transform
 
 from instar.errors import UserError, unknown
@@ -75,7 +75,7 @@ def value(cls: type[T]) -> type[T]:
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, tuple[tuple[type, ...], str]]:
+def _kinds(cls: Any) -> dict[str, tuple[tuple[type, ...], str]]:
     """For each field the types that its annotation allows, and their names; fields that cannot be told are left out."""
     try:
         hints = typing.get_type_hints(cls)
@@ -101,7 +101,7 @@ def _check_kinds(item: Any) -> None:
     Raises:
         UserError: With the field, what it must be and what it is.
     """
-    for name, (kinds, names) in _kinds(type(item)).items():
+    for name, (kinds, names) in _kinds(typing.cast(Hashable, type(item))).items():
         given = getattr(item, name)
         if isinstance(given, kinds) and (bool in kinds or not isinstance(given, bool)):
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from instar.errors import UserError
-from instar.models.files import write_atomically
+from instar.storage import write_atomically
 
 NEVER = -1
 """Value of ``seen`` for an instance that was not trained on yet."""

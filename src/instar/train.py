@@ -54,12 +54,12 @@ from instar.instances import InstanceTable
 from instar.method import Method
 from instar.methods import Recipe
 from instar.models import create, load_foreign, origin, parameter_groups, save
-from instar.models.files import write_atomically
 from instar.randomness import generator, key
 from instar.runs import read_run
 from instar.schedules import Progress
 from instar.signals import Margin
 from instar.step import Loss, training_step
+from instar.storage import write_atomically
 from instar.weightspace.average import averaged_copy
 
 SELECTION_STEPS = 10

@@ -241,30 +241,90 @@ def test_gairat_with_fewer_than_two_steps_is_refused(steps: int) -> None:
         I.GeometryWeight(-1.0)(_counted([0], budget=steps))
 
 
+def test_a_bound_below_minus_one_is_refused_by_the_recipe_because_it_trains_on_noise() -> None:
+    with pytest.raises(I.UserError, match="bound of P-SAT must be at least -1"):
+        I.p_sat(bound=-1.01)
+    assert I.p_sat(bound=-1.0).attack.stop.bound == -1.0
+
+
 def test_a_shift_or_coefficient_that_is_not_a_number_is_refused() -> None:
     for make in (lambda: I.gairat(shift=math.nan), lambda: I.GeometryWeight(math.nan), lambda: math.nan * I.KL()):
         with pytest.raises(I.UserError, match="nan"):
             make()
 
 
-ISEAT = I.Method(
-    I.PGD(I.Linf(0.1), start=I.Zero(), mode="train", steps=3),
-    I.CrossEntropy() + 0.1 * (I.RankWeight(I.LossGap()) * I.LogitShift()),
-    perturbation=I.AWP(0.01, ascend=I.CrossEntropy()),
-    updates_bn=("adv",),
-)
+ISEAT = I.iseat(smoothness=0.1, gamma=0.01, eps=0.1, steps=3)
 
 
-def test_iseat_without_smoothing_and_without_weight_perturbation_is_pgd_at() -> None:
+def test_iseat_without_smoothing_and_without_weight_perturbation_is_pgd_at_in_train_mode() -> None:
     plain = I.Method(ISEAT.attack, I.CrossEntropy())
-    none = replace(ISEAT, loss=I.CrossEntropy() + 0.0 * (I.RankWeight(I.LossGap()) * I.LogitShift()), perturbation=None)
-    _equal_to_the_last_bit(none, plain, 12)
+    _equal_to_the_last_bit(I.iseat(smoothness=0.0, gamma=0.0, eps=0.1, steps=3), plain, 12)
+    _equal_to_the_last_bit(replace(ISEAT, loss=I.CrossEntropy(), perturbation=None), plain, 12)
 
 
 def test_iseat_without_smoothing_is_awp() -> None:
     awp = I.Method(ISEAT.attack, I.CrossEntropy(), perturbation=I.AWP(0.01))
-    none = replace(ISEAT, loss=I.CrossEntropy() + 0.0 * (I.RankWeight(I.LossGap()) * I.LogitShift()))
-    _equal_to_the_last_bit(none, awp, 12)
+    _equal_to_the_last_bit(I.iseat(smoothness=0.0, gamma=0.01, eps=0.1, steps=3), awp, 12)
+
+
+def test_iseat_before_the_first_drop_of_the_learning_rate_is_awp() -> None:
+    awp = I.Method(ISEAT.attack, I.CrossEntropy(), perturbation=I.AWP(0.01))
+    _equal_to_the_last_bit(I.iseat(gamma=0.01, eps=0.1, steps=3), awp, 12, progress=I.Progress(49, 100))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        I.mail_at(eps=0.5, steps=3),
+        I.p_sat(bound=1.0, eps=0.5, steps=3),
+        I.fat(patience=3, eps=0.5, steps=3),
+        I.gairat(eps=0.5, steps=3),
+    ],
+    ids=["mail_at in its burn-in", "p_sat", "fat", "gairat in its burn-in"],
+)
+def test_recipes_name_the_limit_in_which_they_are_pgd_at_bit_for_bit(method: I.Method) -> None:
+    _equal_to_the_last_bit(method, I.pgd_at(eps=0.5, steps=3), 24, progress=I.Progress(1, 10))
+
+
+def test_mail_trades_in_its_burn_in_is_trades_bit_for_bit() -> None:
+    settings = {"eps": 0.5, "steps": 3}
+    _equal_to_the_last_bit(I.mail_trades(**settings), I.trades(**settings), 24, progress=I.Progress(1, 10))
+
+
+def test_mail_with_a_slope_of_zero_weighs_everything_by_one_and_a_half() -> None:
+    batch = _batch(12)
+    flat, _, _ = I.training_loss(_network(), I.mail_at(slope=0.0, eps=0.0), batch)
+    plain, _, _ = I.training_loss(_network(), I.pgd_at(eps=0.0), batch)
+    torch.testing.assert_close(flat, 1.5 * plain)
+
+
+def test_a_margin_weight_lies_between_zero_and_three_and_is_half_of_it_where_the_margin_is_minus_the_bias() -> None:
+    evidence = I.Evidence(
+        x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), adv=torch.tensor([[9.0, -9.0], [0.0, 0.0], [-9.0, 9.0]])
+    )
+    weight = I.mail_at(bias=0.0, burn_in=0).loss.left(evidence)
+    assert weight[1].item() == pytest.approx(1.5)
+    assert 0 < weight[0].item() < 0.01
+    assert 2.99 < weight[2].item() < 3
+
+
+def test_a_natural_recipe_looks_at_clean_images_only() -> None:
+    ours, theirs = _train(I.natural(), _batch(9)), _train(I.Method(I.NoAttack(), I.CrossEntropy()), _batch(9))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert I.natural().needs == {"clean"}
+
+
+@pytest.mark.parametrize("y", [0, 1])
+def test_the_boosted_cross_entropy_adds_the_margin_of_the_best_class_that_is_not_the_label(y: int) -> None:
+    p = [0.5, 0.3, 0.2]
+    z = torch.tensor([[math.log(v) for v in p]], dtype=torch.float64)
+    evidence = I.Evidence(x=torch.zeros(1, 1, 1, 1), y=torch.tensor([y]), clean=z, adv=z)
+    boosted, doubt = I.mart(beta=0.0).loss.left, I.mart().loss.right.right.left
+    wrong = max(v for k, v in enumerate(p) if k != y)
+    assert boosted(evidence).item() == pytest.approx(-math.log(p[y]) - math.log(1.0001 - wrong), abs=1e-10)
+    assert doubt(evidence).item() == pytest.approx(1 - p[y] + 1e-7, abs=1e-12)
+    certain = replace(evidence, clean=torch.tensor([[90.0 * (k == y) for k in range(3)]]))
+    assert doubt(certain).item() == pytest.approx(0, abs=2e-7)
 
 
 def test_uniform_ranks_are_the_plain_pairing_of_logits_at_that_strength() -> None:

@@ -152,7 +152,7 @@ def test_of_many_classes_an_even_choice_is_shown(tmp_path: Path) -> None:
 def test_a_sheet_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     images = ResidentImages(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), CATALOGUE["digits"])
     files.write(tmp_path / "file", b"")
-    with pytest.raises(UserError, match=r"sheet\.png: cannot be written") as error:
+    with pytest.raises(UserError, match=r"cannot write .*sheet\.png") as error:
         contact_sheet(images, tmp_path / "file" / "sheet.png")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="must be positive"):

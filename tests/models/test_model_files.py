@@ -14,8 +14,9 @@ from torch import nn
 
 from instar.errors import UserError
 from instar.models import files
-from instar.models.files import load, read_card, save, write_atomically
+from instar.models.files import load, read_card, save
 from instar.models.registry import create, origin
+from instar.storage import write_atomically
 
 
 def small(**changes: object) -> nn.Module:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from instar.data.checksums import ARRAYS_SHA256, FILES_MD5, file_sum
 from instar.data.indexed import Images, as_float
 from instar.data.sources import LAYOUTS, canonical, find, load, resolve_root
 from instar.errors import UserError
+from instar.storage import write_atomically
 
 _CHUNK = 1000
 _MOST_PROBLEMS = 10
@@ -235,6 +233,7 @@ def contact_sheet(
         UserError: `columns`, `most_classes` or `tile` is not positive, or the file cannot be written.
 
     Example:
+        >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
         >>> contact_sheet(load("digits"), Path(folder.name, "digits.png")).name
         'digits.png'
@@ -310,16 +309,7 @@ def _write_png(sheet: Image.Image, path: Path) -> Path:
     sheet.save(buffer, "PNG", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(buffer.getvalue())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(name)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    write_atomically(path, buffer.getvalue())
     return path

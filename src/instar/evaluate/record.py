@@ -21,7 +21,7 @@ from instar.errors import UserError
 from instar.evaluate.intervals import wilson
 from instar.evaluate.sanity import Finding
 from instar.evaluate.shards import Arrays, make_folder, packed, unpacked
-from instar.models.files import write_atomically
+from instar.storage import write_atomically
 
 FORMAT = 1
 

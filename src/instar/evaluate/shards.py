@@ -17,7 +17,7 @@ from torch import Tensor
 from instar.data.indexed import as_float, check_values
 from instar.data.splits import Split
 from instar.errors import UserError
-from instar.models.files import write_atomically
+from instar.storage import write_atomically
 
 Arrays = dict[str, np.ndarray]
 

@@ -24,6 +24,7 @@ from instar.errors import UserError
 from instar.models.normalize import Normalize, statistics
 from instar.models.registry import Origin, create, origin
 from instar.models.wide_resnet import WideResNet
+from instar.storage import flush_folder, write_beside
 
 # Where training codes put their weights, most telling name first; averaged weights before raw ones, as their authors
 # evaluate those.
@@ -137,10 +138,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], card: Mapping[str, Any]
         # Both are on the disk before either is renamed, so that weights and card of two different saves cannot meet
         # unless the machine stops between two renames; the sha256 tells even then.
         for target, content in ((path, weights), (path.with_suffix(".json"), text.encode())):
-            pending.append((_write_beside(target, content), target))
+            pending.append((write_beside(target, content), target))
         for temporary, target in pending:
             os.replace(temporary, target)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
     finally:
@@ -333,36 +334,6 @@ def load_foreign(
         mismatched=tuple(differences.mismatched),
         dropped=dropped,
     )
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file that appears whole or not at all: beside its place, flushed to the disk, then renamed.
-
-    Args:
-        path: Where the file shall be; its folder must exist.
-        content: All of it.
-
-    Raises:
-        UserError: If the disk is full or read-only.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
-        >>> write_atomically(file, b"whole")
-        >>> file.read_text()
-        'whole'
-    """
-    path = Path(path)
-    temporary: Path | None = None
-    try:
-        temporary = _write_beside(path, content)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -684,32 +655,6 @@ def _copy(state: Mapping[str, Tensor], model: nn.Module) -> None:
     with torch.no_grad():
         for key, value in state.items():
             target[key].copy_(value)
-
-
-def _write_beside(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename survive a power failure, where the system allows it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems cannot; the rename itself has succeeded
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, *, limit: int | None = None) -> bytes:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 import instar
 from instar.errors import UserError
-from instar.models.files import write_atomically
+from instar.storage import write_atomically
 
 P = ParamSpec("P")
 
