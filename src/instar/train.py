@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import instar
-from instar.attacks import PGD, Folded
+from instar.attacks import PGD, Folded, FoldingError, fold
 from instar.checkpoint import State, load_state, save_state
 from instar.config import (
     Settings,
@@ -47,6 +47,7 @@ from instar.data import (
     standard,
     steps_per_epoch,
 )
+from instar.data.indexed import as_float
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse
@@ -457,11 +458,11 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
     if not run.settings.fold or getattr(run.method.attack, "mode", None) != "eval":
         return None
     half = None if run.precision == torch.float32 else run.precision
+    images = as_float(run.train.images.fetch(run.train.indices[:4])).to(run.device)
     try:
-        return Folded(network, dtype=half, channels_last=run.settings.channels_last)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        run.note(f"the attack runs on the model itself, which is slower: it cannot be traced ({reason})")
+        return fold(network, images, dtype=half, channels_last=run.settings.channels_last)
+    except FoldingError as error:
+        run.note(f"the attack runs on the model itself, which is slower: it cannot be folded ({error})")
         return None
 
 
@@ -638,9 +639,10 @@ def selection_accuracy(
     attack = None
     if ball is not None:
         attack = PGD(ball, Margin(), steps=SELECTION_STEPS, step_size=ball.radius / 4)
+    images = as_float(split.images.fetch(split.indices[:4])).to(device)
     frozen: nn.Module = model
-    with contextlib.suppress(Exception):  # a model that cannot be traced is attacked itself
-        frozen = Folded(model)
+    with contextlib.suppress(FoldingError):  # the model itself is attacked then
+        frozen = fold(model, images)
     right = safe = 0
     stream = batches(split, batch_size=500, epoch=0, seed=seed, shuffle=False, drop_last=False, device=device)
     was_training = model.training

@@ -12,6 +12,44 @@ from torch.nn.utils import fusion
 
 from instar.models.normalize import Normalize
 from instar.models.precision import FloatLinear, trace
+from instar.modes import forward_mode
+
+
+class FoldingError(Exception):
+    """A model has no folded stand-in: it cannot be traced, or the copy does not give the same logits."""
+
+
+def fold(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> Folded:
+    """A stand-in for any model, made only if it gives the same logits.
+
+    Args:
+        model: The model, also of foreign code.
+        images: Some images (B, C, H, W) that both are compared on, in the model's own precision.
+        dtype: See `Folded`.
+        channels_last: See `Folded`.
+
+    Returns:
+        The stand-in.
+
+    Raises:
+        FoldingError: With the reason; attack the model itself then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+        >>> type(fold(net, torch.rand(2, 3, 4, 4))).__name__
+        'Folded'
+    """
+    with forward_mode(model, "eval"), torch.no_grad():
+        try:
+            plain = Folded(model, channels_last=channels_last)
+            ours, theirs = plain(images), model(images)
+        except Exception as error:  # foreign code fails to trace in any way it likes
+            raise FoldingError(str(error).strip().partition("\n")[0] or type(error).__name__) from None
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())
+        ):
+            raise FoldingError("the folded copy gives other logits")
+        return plain if dtype is None else Folded(model, dtype=dtype, channels_last=channels_last)
 
 
 class _Cast(nn.Module):

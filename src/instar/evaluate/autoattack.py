@@ -385,7 +385,7 @@ def _warnings_into(flags: set[str]) -> Iterator[None]:
     collector = _Collector(flags)
     logger.addHandler(collector)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    pass
     try:
         yield
     finally:

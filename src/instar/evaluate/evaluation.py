@@ -392,7 +392,7 @@ def _record(
         scores[entry.name] = Score(entry.title, int(outcome.robust.sum()), count)
         columns[entry.name] = outcome.robust.astype(np.uint8)
         broken_by[worst & ~outcome.robust] = entry.name
-        worst = outcome.robust
+        worst &= outcome.robust
         if outcome.stages:
             names = np.array([*outcome.stages, ""], dtype="U32")  # −1, for none, picks the last
             columns[f"{entry.name}_by"] = names[outcome.broken_by]
