@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import instar as I
+from instar.attacks.folded import FoldingError, fold
 from instar.models.registry import create, names
 
 ARCHITECTURES = [*names(), "wide_resnet_10_1"]
@@ -188,3 +190,39 @@ def test_training_with_the_folded_copy_attacked_is_training_with_the_model_attac
     torch.testing.assert_close(folded.adversary.x, plain.adversary.x, rtol=0, atol=1e-12)
     assert torch.equal(folded.adversary.kappa, plain.adversary.kappa)
     torch.testing.assert_close(folded.loss, plain.loss, rtol=0, atol=1e-10)
+
+
+class Branches(nn.Module):
+    """A forward that depends on its data, which no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1)) if float(x.sum()) > 0 else self.head(-x.flatten(1))
+
+
+def _hooked() -> nn.Module:
+    """A hook on the whole model, which a trace leaves out."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize("make", [Branches, _hooked])
+def test_a_model_without_a_true_stand_in_gets_none_and_stays_as_it_was(make: Callable[[], nn.Module]) -> None:
+    model = make().train()
+    with pytest.raises(FoldingError):
+        fold(model, torch.rand(3, 1, 2, 2))
+    assert all(m.training for m in model.modules())
+
+
+def test_a_stand_in_that_was_checked_is_the_folded_copy() -> None:
+    model, x = _made("small_cnn")
+    model.train()
+    stand_in = fold(model, x.float())
+    assert isinstance(stand_in, I.Folded)
+    assert model.training
+    _close(stand_in(x.float()), model.eval()(x.float()), 1e-5)
+    assert fold(model, x.float(), dtype=torch.bfloat16)(x.float()).dtype == torch.float32

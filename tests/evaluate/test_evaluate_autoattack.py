@@ -208,7 +208,9 @@ def test_nothing_is_logged_and_the_global_random_state_stays(
     assert logger.level in (level, logging.NOTSET)
 
 
-def test_a_random_model_is_flagged_as_the_reference_does() -> None:
+def test_a_random_model_is_flagged_as_the_reference_does_and_the_warning_stays_off_the_screen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)[:, :4] + 0.1 * torch.randn(len(x), 4)
@@ -216,6 +218,7 @@ def test_a_random_model_is_flagged_as_the_reference_does() -> None:
     x = torch.rand(6, 1, 4, 4)
     found = run(AutoAttack(Linf(0.01), steps=5, queries=2), Noisy(), x, torch.zeros(6, dtype=torch.int64))
     assert "randomised" in found.flags
+    assert not caplog.records
 
 
 def test_a_ball_without_extent_changes_nothing(

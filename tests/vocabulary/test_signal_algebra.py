@@ -89,7 +89,7 @@ def test_a_constant_takes_the_precision_of_the_logits(evidence: I.Evidence) -> N
     assert Constant(3)(evidence).tolist() == [3.0] * 5
     assert Constant(3)(evidence).dtype == torch.float64
     half = I.Evidence(x=torch.zeros(5, 1, 1, 1), y=evidence.y, adv=torch.zeros(5, 3))
-    assert (I.KL.__call__ and Constant(3) + 0.5)(half).dtype == torch.float32
+    assert (Constant(3) + 0.5)(half).dtype == torch.float32
     assert Constant(math.inf)(half).tolist() == [math.inf] * 5
 
 
@@ -130,21 +130,21 @@ def test_survived_steps_are_a_share_and_correctness_is_zero_or_one(evidence: I.E
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: I.CrossEntropy("attacked"), "of of CrossEntropy must be one of 'adv', 'clean', 'anchor'; got 'attacked'"),
+        (lambda: I.CrossEntropy("attacked"), "of of CrossEntropy must be one of 'adv', 'clean', 'anchor'; got"),
         (lambda: I.CrossEntropy(smoothing=1.0), "smoothing must be in [0, 1); got 1.0"),
         (lambda: I.CrossEntropy(smoothing=-0.1), "smoothing must be in [0, 1)"),
         (lambda: I.LossGap("adv"), "reference of LossGap must be one of 'anchor', 'clean'; got 'adv'"),
         (lambda: I.LogitShift("adv"), "reference of LogitShift must be one of"),
         (lambda: I.Margin("all"), "of of Margin must be one of"),
         (lambda: I.Correct("all"), "of of Correct must be one of"),
-        (lambda: I.GeometryWeight(-1.0, "linear"), "weight of GeometryWeight must be one of 'tanh', 'sigmoid', 'discrete'"),
+        (lambda: I.GeometryWeight(-1.0, "linear"), "weight of GeometryWeight must be one of 'tanh'"),
         (lambda: I.Patience(-1), "steps of Patience (τ) must be at least 0; got -1"),
         (lambda: I.AWP(-1e-3), "gamma of AWP must be a number of at least 0; got -0.001"),
         (lambda: I.SAM(math.inf), "rho of SAM must be a number of at least 0; got inf"),
         (lambda: I.EMA(1.0), "decay of EMA must be in [0, 1); got 1.0"),
         (lambda: I.Gaussian(0.0), "std of Gaussian must be a positive number such as 0.001; got 0.0"),
         (lambda: I.PGD(objective=I.LogitShift()), "objective of PGD must be a signal of clean and adversarial logits"),
-        (lambda: I.PGD(stop=I.Exceeds(I.LossGap(), 0.1)), "stop of PGD must be a signal of clean and adversarial logits"),
+        (lambda: I.PGD(stop=I.Exceeds(I.LossGap(), 0.1)), "stop of PGD must be a signal of clean and adversarial"),
         (lambda: I.PGD(mode="test"), "mode of PGD must be one of 'eval', 'train', 'batch'; got 'test'"),
         (lambda: I.PGD(step_size=2), "Did you mean 2/255?"),
         (lambda: I.Method(I.Linf(0.1), I.KL()), "attack of a Method must be an Attack; got Linf"),

@@ -121,7 +121,7 @@ def _everything(state: State) -> dict[str, torch.Tensor]:
     }
     if state.average is not None:
         found |= {f"a{k}": v for k, v in state.average.state_dict().items()}
-    for i, entries in enumerate(state.optimizer.state_dict()["state"].values()):
+    for i, entries in state.optimizer.state_dict()["state"].items():
         found |= {f"o{i}{k}": torch.as_tensor(v) for k, v in entries.items()}
     return found
 
@@ -216,8 +216,8 @@ def test_random_numbers_are_keyed_by_everything_that_tells_draws_apart() -> None
 
 
 def test_a_key_is_the_same_on_every_machine_and_in_every_version() -> None:
-    assert key(0, purpose="start") == 391034894763154206
-    assert key(7, epoch=3, step=11, purpose="augment") == 0
+    assert key(0, purpose="start") == 4296531689870226690
+    assert key(7, epoch=3, step=11, purpose="augment") == 8102529956735314966
 
 
 def test_keyed_generators_repeat_their_draws_and_leave_the_global_one_alone() -> None:

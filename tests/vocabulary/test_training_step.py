@@ -124,10 +124,9 @@ def test_weight_decay_of_sgd_sees_the_perturbed_weights_exactly(
 ) -> None:
     method = I.Method(I.NoAttack(), I.CrossEntropy(), perturbation=I.AWP(0.05))
     by_hand, lr, decay = copy.deepcopy(model), 0.1, 0.2
-    optimizer = torch.optim.SGD(
-        [{"params": [model.conv.weight], "weight_decay": 2 * decay}, {"params": [p for n, p in model.named_parameters() if n != "conv.weight"]}],
-        lr=lr, momentum=momentum, weight_decay=decay,
-    )  # fmt: skip
+    rest = [p for name, p in model.named_parameters() if name != "conv.weight"]
+    groups = [{"params": [model.conv.weight], "weight_decay": 2 * decay}, {"params": rest}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay)
     velocity = {name: torch.zeros_like(p) for name, p in by_hand.named_parameters()}
     for _ in range(3):
         loss, _, evidence = I.training_loss(by_hand, method, batch)

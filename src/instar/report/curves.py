@@ -217,8 +217,8 @@ def _mark_changes(axes: Axes, run: StoredRun, colour: str, longest: int) -> None
         early = epoch < 0.55 * longest
         told = textwrap.fill(f"from here on {short_loss(loss)}", 40, break_long_words=False)
         axes.annotate(
-            told, (epoch + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(4 if early else -4, -2),
-            textcoords="offset points", ha="left" if early else "right", va="top", fontsize=7, color=colour,
+            told, (epoch + 0.5, 0), xycoords=("data", "axes fraction"), xytext=(4 if early else -4, 3),
+            textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=7, color=colour,
         )  # fmt: skip
 
 

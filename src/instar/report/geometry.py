@@ -95,10 +95,9 @@ def bands(found: Survival) -> list[Band]:
     if constant and steps[0] <= _MOST_BANDS:
         between = [(f"{kappa}", found.shares[:, kappa]) for kappa in range(1, int(steps[0]))]
     else:
-        relative = np.arange(found.counts.shape[1])[None, :] / steps[:, None]
-        inside = (relative > 0) & (relative < 1)
-        # Tenths (0, 0.1], (0.1, 0.2], ...; rounded first, because 0.3 · 10 is above 3 in floating point.
-        tenth = np.ceil(np.round(relative * 10, 9)).astype(int)
+        kappa = np.arange(found.counts.shape[1])[None, :]
+        inside = (kappa > 0) & (kappa < steps[:, None])
+        tenth = -(-10 * kappa // steps[:, None])  # (0, 0.1], (0.1, 0.2], ... in whole numbers, which round nothing
         between = [
             (f"≤ {k / 10:.1f} K" if k < 10 else "< K", np.where(inside & (tenth == k), found.shares, 0.0).sum(1))
             for k in range(1, 11)
