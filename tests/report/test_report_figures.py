@@ -96,12 +96,17 @@ def test_runs_are_told_apart_by_what_differs(tmp_path: Path, new_run: Callable[.
 
 
 def test_the_stack_shows_the_share_of_each_kappa_among_images_of_the_epoch(run: Path) -> None:
-    heights = stacks(panel(survival(run), "survival"))
+    axes = panel(survival(run), "survival")
+    heights = stacks(axes)
     assert list(heights) == ["κ = 0", "κ = 1", "κ = 2", "κ = 3", "κ = 4"]
     assert heights["κ = 0"] == pytest.approx([3 / 7] * 4)
     assert heights["κ = 3"] == pytest.approx([0.0] * 4)
     assert heights["κ = 4"] == pytest.approx([2 / 7] * 4)  # the third κ of 4 is of an image that was never trained on
     assert sum(heights.values()) == pytest.approx([1.0] * 4)
+    tops = sorted(
+        bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() < 1 < bar.get_x() + bar.get_width()
+    )
+    assert tops == pytest.approx([3 / 7, 4 / 7, 5 / 7, 5 / 7, 1.0])
 
 
 def test_rows_of_earlier_epochs_do_not_count(tmp_path: Path, new_run: Callable[..., Path]) -> None:
@@ -133,13 +138,13 @@ def test_where_the_steps_change_kappa_is_shown_in_tenths_of_them(tmp_path: Path,
     folder = new_run(
         tmp_path / "run",
         robust=[0.1, 0.2],
-        method="Method(PGD(steps=Steps(2, changes=((0.5, 10),))), CrossEntropy())",
-        tables=[{"kappa": [0, 1, 2, 2], "loss": [1] * 4}, {"kappa": [0, 3, 9, 10], "loss": [1] * 4}],
+        method="Method(PGD(steps=Steps(2, changes=((0.5, 8),))), CrossEntropy())",
+        tables=[{"kappa": [0, 1, 2, 2], "loss": [1] * 4}, {"kappa": [0, 3, 7, 8], "loss": [1] * 4}],
     )
     heights = stacks(panel(survival(folder), "survival"))
     assert heights["κ = K"].tolist() == [0.5, 0.25]
     assert heights["κ = ≤ 0.5 K"].tolist() == [0.25, 0.0]
-    assert heights["κ = ≤ 0.3 K"].tolist() == [0.0, 0.25]
+    assert heights["κ = ≤ 0.4 K"].tolist() == [0.0, 0.25]
     assert heights["κ = ≤ 0.9 K"].tolist() == [0.0, 0.25]
     assert sum(heights.values()) == pytest.approx([1.0, 1.0])
 
@@ -165,8 +170,8 @@ def test_the_share_of_the_hardest_tenth_is_drawn_by_epoch(run: Path) -> None:
 
 
 def test_a_tenth_of_each_ridge_is_coloured_as_hardest(tmp_path: Path, new_run: Callable[..., Path]) -> None:
-    loss = np.exp(np.linspace(-4, 3, 500))
-    folder = new_run(tmp_path / "run", tables=[{"kappa": [0] * 500, "loss": loss}] * 3)
+    loss = np.exp(np.linspace(-1, 1.5, 5000) ** 3)
+    folder = new_run(tmp_path / "run", tables=[{"kappa": [0] * 5000, "loss": loss}] * 3)
     axes = panel(unevenness(folder), "loss")
     for epoch in (1, 2, 3):
         area = {}
