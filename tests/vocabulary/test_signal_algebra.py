@@ -59,6 +59,7 @@ def test_a_coefficient_detaches_its_result_and_not_what_it_reads(evidence: I.Evi
     torch.testing.assert_close(evidence.anchor.grad, -expected.detach(), rtol=0, atol=1e-12)
     assert not weight(evidence).requires_grad
     assert not I.LossGap()(evidence).requires_grad
+    assert not I.RankWeight(I.Margin())(evidence).requires_grad
 
 
 def test_an_expression_needs_what_its_parts_need() -> None:
