@@ -78,6 +78,7 @@ def main() -> None:
     asked.add_argument("--width", type=int, default=64)
     asked.add_argument("--batch-size", type=int, default=128)
     asked.add_argument("--turns", type=int, default=5)
+    asked.add_argument("--ends", action="store_true", help="only the first and the last variant")
     asked.add_argument("--out", type=Path, default=None)
     given = asked.parse_args()
     torch.manual_seed(0)
@@ -88,6 +89,9 @@ def main() -> None:
         "float32, folded": ours(torch.float32, fold=True),
         "bf16, folded (default)": ours(torch.bfloat16, fold=True),
     }
+    if given.ends:
+        first, *_, last = variants
+        variants = {name: variants[name] for name in (first, last)}
     cases = {}
     for name, step in variants.items():
         model = create("resnet18", classes=10, width=given.width, seed=0)

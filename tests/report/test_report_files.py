@@ -13,6 +13,7 @@ from instar.cli import main
 from instar.cli.report import run as report
 from instar.evaluate.record import Record
 from instar.report import compare_pictures, learning_curves, read, survival, unevenness, write_pictures
+from instar.report.pictures import evaluation_plan
 
 COUNTS = {"clean": 160, "pgd_20": 90, "autoattack": 60, "worst_case": 60}
 ALWAYS = ["learning_curves.png", "survival.png", "unevenness.png", "gallery.png"]
@@ -118,6 +119,19 @@ def test_runs_are_compared_in_the_evaluations_that_they_share(
     record(counts=COUNTS, checkpoint="last", eps="4/255").write(runs[0] / "evaluations")
     written = compare_pictures(runs, tmp_path / "out")
     assert [path.name for path in written] == ["learning_curves.png", "instances.png", "evaluation-standard.png"]
+
+
+def test_of_two_evaluations_of_a_checkpoint_the_newer_one_is_drawn(
+    tmp_path: Path, new_run: Callable[..., Path], record: Callable[..., Record]
+) -> None:
+    folder = new_run(tmp_path / "run")
+    record(counts={**COUNTS, "autoattack": 50}, key="older").write(folder / "evaluations")
+    record(counts=COUNTS, key="newer").write(folder / "evaluations")
+    assert len(list((folder / "evaluations").glob("*.json"))) == 2
+    ((name, draw),) = evaluation_plan([read(folder)])
+    bars = {str(bar.get_gid()): bar.get_height() for bar in draw().axes[0].patches}
+    assert name == "evaluation-standard.png"
+    assert bars == {"clean: GAIRAT (best)": 0.8, "pgd_20: GAIRAT (best)": 0.45, "autoattack: GAIRAT (best)": 0.3}
 
 
 def test_the_command_prints_where_the_pictures_lie(

@@ -217,7 +217,7 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, Finding, dict[str, Any]]], *, us
         right = max(right, 100 * usual)
         axes.axvspan(0, 100 * usual, color=PALE, alpha=0.6, linewidth=0, zorder=0, gid="usual")
         axes.annotate(
-            "usual", (100 * usual, -0.7), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=7.5,
+            "usual", (100 * usual, -0.7), xytext=(3, 3), textcoords="offset points", ha="left", fontsize=7.5,
             color=GREY,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 16) for name, *_ in reversed(rows)])

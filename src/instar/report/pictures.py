@@ -53,7 +53,7 @@ def write_pictures(
     ]
     if not stored.log and not stored.tables:
         plan = []
-    plan += _evaluations([stored])
+    plan += evaluation_plan([stored])
     if not plan:
         raise UserError(f"{stored.folder} has no finished epoch yet: there is nothing to draw")
     return _draw(plan, stored.folder / "pictures" if out is None else Path(out))
@@ -75,7 +75,7 @@ def compare_pictures(runs: Sequence[str | Path | StoredRun], out: str | Path) ->
     """
     stored = read_all(runs)
     plan: Plan = [("learning_curves.png", partial(learning_curves, stored))]
-    plan += [("instances.png", partial(instance_curves, stored)), *_evaluations(stored)]
+    plan += [("instances.png", partial(instance_curves, stored)), *evaluation_plan(stored)]
     return _draw(plan, Path(out))
 
 
@@ -97,8 +97,15 @@ def _draw(plan: Iterable[tuple[str, Callable[[], Figure]]], folder: Path) -> lis
     return written
 
 
-def _evaluations(runs: Sequence[StoredRun]) -> Plan:
-    """A picture for each suite and protocol: of one run all of its evaluations, of several those that they share."""
+def evaluation_plan(runs: Sequence[StoredRun]) -> Plan:
+    """A picture for each suite and protocol: of one run all of its evaluations, of several those that they share.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        File names, and functions that draw; for a damaged record one that raises.
+    """
     plan: Plan = []
     groups: dict[tuple[str, str, str, str, int], list[tuple[str, Record]]] = {}
     for run, name in zip(runs, names(runs), strict=True):
