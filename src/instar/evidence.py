@@ -17,7 +17,7 @@ class Batch:
 
     Attributes:
         x: Images (B, C, H, W), floating point, in [0, 1].
-        y: Labels (B,), integer; −1 marks an instance without a label.
+        y: Labels (B,), of any integer type, kept as int64; −1 marks an instance without a label.
         index: Positions (B,) in the training set, or None outside a run.
         memory: This batch's rows of the `InstanceTable` as they stood before the step: name → (B,).
         target: Soft labels (B, K) that take the place of `y` in cross-entropies, or None.
@@ -52,6 +52,8 @@ class Batch:
                 f"y must be integer labels ({len(self.x)},), one for each image; got {tuple(self.y.shape)} of "
                 f"{self.y.dtype}. Soft labels go into target"
             )
+        if self.y.dtype != torch.int64:  # what PyTorch's losses and scatters take
+            object.__setattr__(self, "y", self.y.long())
 
     def __len__(self) -> int:
         """Number of instances B."""

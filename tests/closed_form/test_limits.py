@@ -149,6 +149,19 @@ def test_a_self_adaptive_bound_of_one_or_more_is_pgd_at_bit_for_bit(bound: float
     _equal_to_the_last_bit(stopped, plain, 24)
 
 
+def test_a_gap_that_equals_the_bound_is_still_attacked() -> None:
+    x, undecided = torch.rand(3, 1, 4, 4), nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        undecided[1].weight.zero_()
+        undecided[1].bias.zero_()
+    for bias, label, bound in ((0.0, 0, 0.0), (200.0, 1, 1.0), (200.0, 0, -1.0)):
+        with torch.no_grad():
+            undecided[1].bias[0] = bias
+        batch = I.Batch(x, torch.full((3,), label))
+        found = I.PGD(steps=3, stop=I.Exceeds(I.ProbabilityGap(), bound))(undecided, batch)
+        assert found.moves.tolist() == [3, 3, 3], "the gap is exactly the bound, and not above it"
+
+
 @pytest.mark.parametrize("bound", [-1.01, -math.inf])
 def test_a_self_adaptive_bound_below_minus_one_trains_on_the_start_without_a_move(bound: float) -> None:
     batch, where = _batch(9), I.Linf(0.1)
