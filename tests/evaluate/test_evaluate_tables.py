@@ -92,8 +92,8 @@ def test_best_and_last_stand_side_by_side_in_markdown() -> None:
         "\n"
         "- Linf 8/255, first 1000 of the 10000 official test images of CIFAR-10, suite mine, seed 0, float32, "
         "BatchNorm eval; robust if no iterate is misclassified.\n"
-        "- best: the best one, epoch 3.\n"
-        "- last: the last one, epoch 3.\n"
+        "- best: the best one, epoch 4.\n"
+        "- last: the last one, epoch 4.\n"
         "- Percent with 95 % Wilson intervals; 2 min 2 s of computing.\n"
     )
 
@@ -101,7 +101,7 @@ def test_best_and_last_stand_side_by_side_in_markdown() -> None:
 def test_the_plain_table_holds_the_same_cells_without_colours() -> None:
     text = table.plain([record("best", 431), record("last", 400)])
     assert "\x1b" not in text
-    for cell in ("runs/a", "PGD-20", "43.1 (40.1–46.2)", "40.0 (37.0–43.1)", "best: the best one, epoch 3."):
+    for cell in ("runs/a", "PGD-20", "43.1 (40.1–46.2)", "40.0 (37.0–43.1)", "best: the best one, epoch 4."):
         assert cell in text
 
 
@@ -121,7 +121,7 @@ def test_what_is_suspect_and_what_was_reused_is_said_below_the_table() -> None:
     lines = table.caption([shown, replace(shown, checkpoint="last")])
     assert any(line.startswith("best, suspect: PGD-20 minus AutoAttack is 21.5 ± 2.5 points") for line in lines)
     assert any("reused from an earlier run: pgd_20" in line for line in lines)
-    assert lines[-2] == "last: the best one, epoch 3; the same weights as best."
+    assert lines[-2] == "last: the best one, epoch 4; the same weights as best."
 
 
 def test_headings_tell_records_apart() -> None:

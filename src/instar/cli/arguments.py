@@ -42,7 +42,8 @@ def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
 
 
 def _one_line(message: str, made: ArgumentParser) -> UserError:
-    flags = [flag[2:] for action in made._actions for flag in action.option_strings if flag.startswith("--")]
+    found_flags = (flag[2:] for action in made._actions for flag in action.option_strings if flag.startswith("--"))
+    flags = [flag for flag in found_flags if flag not in ("print_shtab", "recipe", "target", "name")]
     for pattern in (r"unrecognized arguments: (?:--)?([\w.-]+)", r"Option '([^']+)' is not accepted"):
         if found := re.search(pattern, message):
             return unknown("flag", found.group(1), flags)

@@ -66,7 +66,7 @@ def caption(records: Sequence[Record]) -> list[str]:
     seen: dict[str, str] = {}
     for name, record in zip(headings(records), records, strict=True):
         checkpoint = record.protocol["checkpoint"]
-        epoch = "" if checkpoint.get("epoch") is None else f", epoch {checkpoint['epoch']}"
+        epoch = "" if checkpoint.get("epoch") is None else f", epoch {checkpoint['epoch'] + 1}"
         twin = seen.setdefault(record.protocol["key"], name)
         if twin != name:
             lines.append(f"{name}: {checkpoint['rule']}{epoch}; the same weights as {twin}.")
