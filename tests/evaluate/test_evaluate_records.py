@@ -432,7 +432,7 @@ def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
 def test_targets_that_are_not_there_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no run folder or weights file"):
         evaluate(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="it has no run"):
+    with pytest.raises(UserError, match="holds no run"):
         evaluate(tmp_path)
     with pytest.raises(UserError, match="cannot read the evaluation record"):
         read(tmp_path / "nothing.json")

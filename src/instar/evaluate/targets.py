@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from instar.errors import UserError, unknown
 from instar.expression import parse
 from instar.models import create, load_foreign, origin, read_card
 from instar.models import load as load_weights
+from instar.runs import read_run
 from instar.threat import Ball, ball
 
 CHECKPOINTS = ("best", "last")
@@ -97,7 +97,7 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
 
 
 def _run(folder: Path, wishes: Wishes) -> list[Case]:
-    run = _read_run(folder)
+    run = read_run(folder)
     wanted = CHECKPOINTS if wishes.checkpoint == "both" else (wishes.checkpoint,)
     files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in wanted}
     present = {name: file for name, file in files.items() if file.is_file()}
@@ -146,21 +146,6 @@ def _used(run: Mapping[str, Any]) -> dict[str, Any]:
         "init": began,
         "additional_data": None if began else False,
     }
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a run folder: it has no run.json. Give a run folder or a weights file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(run, dict):
-        raise UserError(f"{path} is not the description of a run")
-    return run
 
 
 def _file(path: Path, wishes: Wishes) -> Case:
