@@ -43,7 +43,7 @@ def forward_mode(model: nn.Module, mode: str) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for buffer, before in kept:
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # unseen by autograd: a loss computed before may still want its buffers
 
 
 def full(logits: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class Steps(Schedule):
 
     def __call__(self, progress: Progress) -> float:
         """The last value whose time has come."""
+        # Fractions and epochs can only be put in order once the length of the run is known.
+        _check_times("Steps", *(_epoch(when, progress) for when, _ in self.changes))
         value = self.initial
         for when, then in self.changes:
             if progress.epoch >= _epoch(when, progress):
@@ -143,6 +145,7 @@ class Ramp(Schedule):
     def __call__(self, progress: Progress) -> float:
         """The value during the epoch."""
         begin, end = _epoch(self.begin, progress), _epoch(self.end, progress)
+        _check_times("Ramp", begin, end)
         share = min(max((progress.epoch - begin + 1) / max(end - begin, 1e-9), 0.0), 1.0) if end > begin else 1.0
         return self.initial + (self.final - self.initial) * share
 

@@ -88,6 +88,14 @@ def test_an_impossible_schedule_is_one_clear_line(make: object, message: str) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("schedule", [Ramp(0, 1, 0.5, 30), Steps(0, ((0.5, 1), (30, 2)))], ids=repr)
+def test_times_that_change_their_order_on_a_run_of_this_length_are_refused_there(schedule: Ramp | Steps) -> None:
+    # Half of 20 epochs comes before epoch 30, half of 100 epochs after it.
+    assert schedule(Progress(0, 20)) == 0
+    with pytest.raises(UserError, match=r"ascending order|end after it begins"):
+        schedule(Progress(0, 100))
+
+
 def _counted(kappa: list[int], budget: int = 10) -> Evidence:
     x = torch.zeros(len(kappa), 1, 1, 1, dtype=torch.float64)
     logits = torch.zeros(len(kappa), 2, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import instar as I
+from instar.methods.mail import After
 from instar.signals import Constant, Negated, Product, Sum
 from instar.signals.algebra import as_signal
 
@@ -102,6 +103,7 @@ def test_a_schedule_that_was_not_resolved_is_an_error_where_it_is_used(evidence:
         I.GeometryWeight(I.Ramp(0, 1)) * I.KL(),
         I.Exceeds(I.ProbabilityGap(), I.Ramp(0, 1)),
         I.Patience(I.Steps(0)),
+        After(I.Margin(), I.Ramp(0, 1)),
     ):
         with pytest.raises(I.UserError, match=r"still the schedule .*method\.at\(progress\)"):
             signal(evidence)
@@ -145,6 +147,7 @@ def test_survived_steps_are_a_share_and_correctness_is_zero_or_one(evidence: I.E
         (lambda: I.EMA(1.0), "decay of EMA must be in [0, 1); got 1.0"),
         (lambda: I.Gaussian(0.0), "std of Gaussian must be a positive number such as 0.001; got 0.0"),
         (lambda: I.PGD(objective=I.LogitShift()), "objective of PGD must be a signal of clean and adversarial logits"),
+        (lambda: I.PGD(objective=I.GeometryWeight(-1.0) * I.KL()), "objective of PGD must be a signal of clean"),
         (lambda: I.PGD(stop=I.Exceeds(I.LossGap(), 0.1)), "stop of PGD must be a signal of clean and adversarial"),
         (lambda: I.PGD(mode="test"), "mode of PGD must be one of 'eval', 'train', 'batch'; got 'test'"),
         (lambda: I.PGD(step_size=2), "Did you mean 2/255?"),

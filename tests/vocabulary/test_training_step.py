@@ -266,6 +266,16 @@ def test_the_three_modes_choose_statistics_and_updates(mode: str, batchwise: boo
     assert torch.equal(norm.running_mean, before) == (updates == 0)
 
 
+@pytest.mark.parametrize("mode", ["eval", "train", "batch"])
+def test_an_attack_between_a_loss_and_its_backward_does_not_spoil_the_gradient(
+    model: Network, batch: I.Batch, mode: str
+) -> None:
+    loss, _, _ = I.training_loss(model, I.natural(), batch)
+    expected = torch.autograd.grad(loss.mean(), list(model.parameters()), retain_graph=True)
+    I.PGD(mode=mode, steps=2)(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(_gradients(model, loss), expected, strict=True))
+
+
 def test_attacks_in_batch_mode_see_the_statistics_of_their_own_batch() -> None:
     model = Network()
     batch = I.Batch(torch.rand(8, 1, 4, 4, dtype=torch.float64), torch.arange(8) % 3)

@@ -19,7 +19,8 @@ from instar.signals.losses import check_choice
 from instar.threat import Ball, Linf
 
 MOST_STEPS = 1_000_000
-_IN_ATTACK = frozenset({"clean", "adv", "kappa", "input_grad"})
+_FOR_OBJECTIVE = frozenset({"clean", "adv"})
+_FOR_STOP = _FOR_OBJECTIVE | {"kappa", "input_grad"}
 
 
 @value
@@ -80,8 +81,8 @@ class PGD(Attack):
                 f"step_size of PGD in Linf must be at most 1 because inputs lie in [0, 1]; got {self.step_size:g}. "
                 f"Did you mean {self.step_size:g}/255?"
             )
-        for name, signal in (("objective", self.objective), ("stop", self.stop)):
-            if signal is not None and (lacking := signal.needs - _IN_ATTACK):
+        for name, signal, known in (("objective", self.objective, _FOR_OBJECTIVE), ("stop", self.stop, _FOR_STOP)):
+            if signal is not None and (lacking := signal.needs - known):
                 raise UserError(
                     f"{name} of PGD must be a signal of clean and adversarial logits; {signal!r} needs "
                     f"{', '.join(sorted(lacking))}"

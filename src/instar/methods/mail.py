@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from instar.attacks import PGD, Gaussian
+from instar.errors import UserError
 from instar.evidence import Evidence
 from instar.expression import value
 from instar.method import Method
@@ -52,6 +53,8 @@ class After(Signal):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Weights (B,)."""
+        if isinstance(self.gate, Schedule):
+            raise UserError(f"gate is still the schedule {self.gate!r}: use method.at(progress) first")
         weight = self.weight(evidence)
         return weight if self.gate else torch.ones_like(weight)
 
