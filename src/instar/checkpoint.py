@@ -52,6 +52,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
     if state.average is not None:
         found |= {f"average.{name}": t for name, t in state.average.state_dict().items()}
     found |= {f"table.{name}": t for name, t in state.table.columns.items()}
+    found |= {f"shared.{name}": t for name, t in state.table.shared.items()}
     names = {id(p): name for name, p in state.model.named_parameters()}
     for parameter, entries in state.optimizer.state.items():
         for key, entry in entries.items():
@@ -109,6 +110,11 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     if numbers["fingerprint"] != fingerprint:
         raise UserError(f"the checkpoint {path} belongs to a run with another configuration; start into a new folder")
     optimizer = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
+    state.table.shared.clear()
+    device = state.table.columns["seen"].device
+    for name, t in tensors.items():
+        if name.startswith("shared."):  # in place, for the table's dictionary is what the run hands out
+            state.table.shared[name.removeprefix("shared.")] = t.to(device)
     rest = {name: t for name, t in tensors.items() if name not in optimizer}
     current = {name: t for name, t in _tensors(state).items() if not name.startswith("optimizer.")}
     if set(rest) != set(current) or any(rest[name].shape != current[name].shape for name in current):

@@ -37,10 +37,13 @@ class Settings:
         init: Weights to begin from (``.safetensors`` or a foreign checkpoint); None begins from random weights.
         epochs: Passes over the training split.
         batch_size: Instances in a step.
-        optimizer: ``sgd`` (with Nesterov momentum) or ``adamw``.
+        optimizer: ``sgd`` or ``adamw``.
+        nesterov: Whether the momentum of SGD is Nesterov's.
         lr: Highest learning rate; None means 0.2 for SGD with one-cycle, 0.1 for SGD otherwise, 0.001 for AdamW.
-        schedule: ``one-cycle`` (rises over the first quarter, then falls to 0 by a cosine), ``cosine``, ``piecewise``
-            (a tenth at 50 % and a hundredth at 75 % of the run), or ``constant``.
+        schedule: ``one-cycle`` (rises over the first quarter, then falls to 0 by a cosine), ``cosine``, ``cyclic``
+            (a line up to the rate at 40 % of the run and down to 0), ``piecewise`` (see `drops`), or ``constant``.
+        drops: Pairs (time, factor) of the piecewise schedule: from that share of the run on (an epoch, if above 1) the
+            rate is the highest one times the factor.
         momentum: Momentum of SGD, or β₁ of AdamW.
         weight_decay: Weight decay.
         decay_norm: Whether normalisation and biases decay too, as in the published codes.
@@ -69,8 +72,10 @@ class Settings:
     epochs: int = 30
     batch_size: int = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    nesterov: bool = True
     lr: float | None = None
-    schedule: Literal["one-cycle", "cosine", "piecewise", "constant"] = "one-cycle"
+    schedule: Literal["one-cycle", "cosine", "cyclic", "piecewise", "constant"] = "one-cycle"
+    drops: tuple[tuple[float, float], ...] = ((0.5, 0.1), (0.75, 0.01))
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_norm: bool = True
@@ -95,6 +100,10 @@ class Settings:
             given = getattr(self, entry.name)
             if isinstance(given, str) and choices and all(isinstance(c, str) for c in choices) and given not in choices:
                 raise unknown(entry.name, given, choices)
+        if not all(isinstance(drop, tuple) and len(drop) == 2 and drop[0] >= 0 for drop in self.drops) or list(
+            self.drops
+        ) != sorted(self.drops):
+            raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise UserError(f"lr must be a number of at least 0; got {self.lr}")
         if not 0 <= self.momentum < 1:
@@ -143,13 +152,16 @@ def learning_rate(settings: Settings, *, update: int, updates: int) -> float:
         >>> [round(learning_rate(steps, update=u, updates=100), 4) for u in (49, 50, 75)]
         [0.1, 0.01, 0.001]
 
-    Source: one-cycle after Smith 2018; piecewise after Rice et al. 2020.
+    Source: one-cycle after Smith 2018; piecewise and cyclic (``triangular``) after Rice et al. 2020.
     """
     top, done = settings.top_lr, update / updates
     if settings.schedule == "constant":
         return top
     if settings.schedule == "piecewise":
-        return top * (0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0)
+        begun = [factor for when, factor in settings.drops if done >= (when if when <= 1 else when / settings.epochs)]
+        return top * (begun[-1] if begun else 1.0)
+    if settings.schedule == "cyclic":
+        return top * min(done / 0.4, (1 - done) / 0.6)
     rise = max(round(0.25 * updates), 1) if settings.schedule == "one-cycle" else 0
     if update < rise:
         return top * (update + 1) / rise

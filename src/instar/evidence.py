@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from instar.errors import UserError
+
+if TYPE_CHECKING:
+    from instar.threat import Ball
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Batch:
         target: Soft labels (B, K) that take the place of `y` in cross-entropies, or None.
         labelled: Mask (B,) of instances with a label, or None when all have one.
         source: Integer (B,) that says which data set an instance came from, or None when there is one.
+        shared: Tensors that a method keeps from step to step and that belong to no instance (a warm start, a running
+            reference), by name. Whoever reads them writes them in place; a run saves them with its state.
 
     Raises:
         UserError: `x` is not (B, C, H, W), `y` not (B,), or `y` not of an integer type.
@@ -40,6 +46,7 @@ class Batch:
     target: Tensor | None = None
     labelled: Tensor | None = None
     source: Tensor | None = None
+    shared: MutableMapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check shapes and types, which costs nothing; values are checked where data enter."""
@@ -82,7 +89,7 @@ class Adversary:
     others: tuple[Adversary, ...] = ()
 
 
-def _no_forward(x: Tensor) -> Tensor:
+def _no_forward(x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
     raise UserError("this Evidence has no model to query; signals that call forward() need one from training_loss()")
 
 
@@ -116,10 +123,15 @@ class Evidence:
         source: Integer (B,) or None.
         others: Logits (B, K) of each further adversary.
         features: Penultimate features (B, D) of `x_adv`, for the few that need them.
+        params: The model's trainable parameters by name, for the few that need them (H-SAT).
+        ball: The attack's ball, or None.
+        scale: What the model multiplies its logits by, the scale of a cosine head; 1 for others.
+        shared: See `Batch`.
         input_grad: Gradient of the attack's objective at the current iterate (B, C, H, W); for stop rules only.
         offsets: The weight perturbation in force, by parameter name; empty without one.
         generator: Random numbers for signals that draw.
-        forward: The model at the current weights, images → logits, for signals that query elsewhere.
+        forward: The model at the current weights, images → logits, for signals that query elsewhere. Parameters by
+            name as a second argument take the place of the current ones. BatchNorm's statistics are not updated.
         batchwide: Applies a function of all instances' values (ranks, normalisations) over the global batch.
     """
 
@@ -139,18 +151,26 @@ class Evidence:
     source: Tensor | None = None
     others: tuple[Tensor, ...] = ()
     features: Tensor | None = None
+    params: Mapping[str, Tensor] | None = None
+    ball: Ball | None = None
+    scale: Tensor | float = 1.0
+    shared: MutableMapping[str, Tensor] = field(default_factory=dict)
     input_grad: Tensor | None = None
     offsets: Mapping[str, Tensor] = field(default_factory=dict)
     generator: torch.Generator | None = None
-    forward: Callable[[Tensor], Tensor] = _no_forward
+    forward: Callable[..., Tensor] = _no_forward
     batchwide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = _within_batch
 
     def logits(self, of: str) -> Tensor:
-        """The logits called `of`: ``"clean"``, ``"adv"`` or ``"anchor"``.
+        """The logits (B, K) called `of`: ``"clean"``, ``"adv"``, ``"anchor"``, or ``"other"``, the first of `others`.
 
         Raises:
             UserError: They were not computed, because no signal declared that it needs them.
         """
+        if of == "other":
+            if not self.others:
+                raise UserError("this Evidence has no further adversary: the attack must be Several(...)")
+            return self.others[0]
         value: Tensor | None = getattr(self, of)
         if value is None:
             raise UserError(

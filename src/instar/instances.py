@@ -32,10 +32,17 @@ was classified correctly in the training forward."""
 class InstanceTable:
     """Rows of all training instances, by their position in the official training set.
 
+    Positions from N on, which extra data have, share one further row that nobody reads: nothing is known of an extra
+    instance, and its rows always read as never seen.
+
     Args:
         size: Number of rows N.
         remembered: Names of further float32 columns, which a method remembers.
         device: Where the rows are kept.
+
+    Attributes:
+        columns: The arrays (N,) by name.
+        shared: Tensors that belong to no instance, by name (see `Batch.shared`).
 
     Raises:
         UserError: A remembered name is taken by a column of every table.
@@ -51,10 +58,12 @@ class InstanceTable:
         if taken := set(remembered) & set(COLUMNS):
             raise UserError(f"a method cannot remember {', '.join(sorted(taken))}: every instance table has it already")
         kinds = COLUMNS | dict.fromkeys(remembered, torch.float32)
-        self.columns: dict[str, Tensor] = {
-            name: torch.zeros(size, dtype=kind, device=device) for name, kind in kinds.items()
+        self._rows: dict[str, Tensor] = {
+            name: torch.zeros(size + 1, dtype=kind, device=device) for name, kind in kinds.items()
         }
-        self.columns["seen"].fill_(NEVER)
+        self._rows["seen"].fill_(NEVER)
+        self.columns: dict[str, Tensor] = {name: rows[:size] for name, rows in self._rows.items()}
+        self.shared: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -62,7 +71,12 @@ class InstanceTable:
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
         """The rows (B,) of every column at positions `index` (B,)."""
-        return {name: column[index] for name, column in self.columns.items()}
+        known, place = index < len(self), index.clamp_max(len(self))
+        first = {"seen": NEVER}
+        return {
+            name: torch.where(known, column[place], first.get(name, 0)).to(column.dtype)
+            for name, column in self._rows.items()
+        }
 
     def write(self, index: Tensor, values: Mapping[str, Tensor]) -> None:
         """Write `values` (name → (B,)) into the rows `index` (B,), without waiting for the device.
@@ -73,7 +87,7 @@ class InstanceTable:
         for name, new in values.items():
             if name not in self.columns:
                 raise UserError(f"the instance table has no column {name!r}; it has {', '.join(self.columns)}")
-            self.columns[name][index] = new.detach().to(self.columns[name].dtype)
+            self._rows[name][index.clamp_max(len(self))] = new.detach().to(self.columns[name].dtype)
 
     def mean(self, name: str, *, epoch: int) -> float:
         """Mean of a column over the instances trained on in `epoch`; NaN if there are none."""

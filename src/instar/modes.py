@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from instar.errors import UserError
+
 MODES = ("eval", "train", "batch")
 """``"eval"``: running statistics. ``"train"``: batch statistics, which also update the running ones, once a forward.
 ``"batch"``: batch statistics, running ones untouched."""
@@ -44,6 +46,34 @@ def forward_mode(model: nn.Module, mode: str) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.data.copy_(before)  # unseen by autograd: a loss computed before may still want its buffers
+
+
+@contextmanager
+def captured_features(model: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Keeps what goes into the model's head, the penultimate features, of every forward in between.
+
+    Args:
+        model: A module whose last layer is its attribute `head`.
+        wanted: False captures nothing and asks nothing of the model.
+
+    Yields:
+        A list that grows by (B, D) with every forward.
+
+    Raises:
+        UserError: The model has no `head`.
+    """
+    captured: list[Tensor] = []
+    head = getattr(model, "head", None)
+    if not wanted:
+        yield captured
+        return
+    if not isinstance(head, nn.Module):
+        raise UserError("a signal needs features: the model must have a sub-module `head` that they go into")
+    handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(full(inputs[0])))
+    try:
+        yield captured
+    finally:
+        handle.remove()
 
 
 def full(logits: Tensor) -> Tensor:

@@ -41,6 +41,23 @@ class Progress:
         """Completed epochs as a share of the run, in [0, 1]; constant within an epoch."""
         return self.epoch / self.epochs
 
+    @property
+    def update(self) -> int:
+        """Number of the step in the run, from 0."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+
+def lowest(number: float | Schedule) -> float:
+    """The smallest value that a number or schedule takes in a run, looked at in a run of 200 epochs.
+
+    Example:
+        >>> lowest(Ramp(-2, 0.4)), lowest(3)
+        (-1.988, 3)
+    """
+    if not isinstance(number, Schedule):
+        return number
+    return min(number(Progress(epoch, 200)) for epoch in range(201))
+
 
 class Schedule(abc.ABC):
     """A number as a function of `Progress`, stepped once per epoch.
@@ -54,7 +71,7 @@ class Schedule(abc.ABC):
         """The value during the epoch that `progress` stands in."""
 
 
-def _epoch(when: float, progress: Progress) -> float:
+def epoch_of(when: float, progress: Progress) -> float:
     """The epoch that a time names: fractions up to 1 are of the run, numbers above 1 are epochs."""
     return round(when * progress.epochs, 9) if when <= 1 else when
 
@@ -97,10 +114,10 @@ class Steps(Schedule):
     def __call__(self, progress: Progress) -> float:
         """The last value whose time has come."""
         # Fractions and epochs can only be put in order once the length of the run is known.
-        _check_times("Steps", *(_epoch(when, progress) for when, _ in self.changes))
+        _check_times("Steps", *(epoch_of(when, progress) for when, _ in self.changes))
         value = self.initial
         for when, then in self.changes:
-            if progress.epoch >= _epoch(when, progress):
+            if progress.epoch >= epoch_of(when, progress):
                 value = then
         return value
 
@@ -144,7 +161,7 @@ class Ramp(Schedule):
 
     def __call__(self, progress: Progress) -> float:
         """The value during the epoch."""
-        begin, end = _epoch(self.begin, progress), _epoch(self.end, progress)
+        begin, end = epoch_of(self.begin, progress), epoch_of(self.end, progress)
         _check_times("Ramp", begin, end)
         share = min(max((progress.epoch - begin + 1) / max(end - begin, 1e-9), 0.0), 1.0) if end > begin else 1.0
         return self.initial + (self.final - self.initial) * share

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch.func import functional_call
 from instar.errors import UserError
 from instar.evidence import Adversary, Batch, Evidence
 from instar.method import FORWARDS, Method
-from instar.modes import forward_mode, full
+from instar.models.heads import logit_scale
+from instar.modes import captured_features, forward_mode, full
 from instar.schedules import Progress
 
 END = Progress(epoch=1, epochs=1)
@@ -76,7 +76,10 @@ def training_loss(
     """
     method = method.at(END if progress is None else progress)
     if adversary is None:
-        adversary = method.attack(attacked if attacked is not None else model, batch, generator=generator)
+        # A stand-in has no weights to differentiate and no head to listen at.
+        if attacked is None or method.attack.needs & {"features", "params"}:
+            attacked = model
+        adversary = method.attack(attacked, batch, generator=generator)
     adversary = _checked(adversary, batch)
     with forward_mode(model, "train"):
         offsets: dict[str, Tensor] = {}
@@ -84,12 +87,13 @@ def training_loss(
             ascended = method.perturbation.objective or method.loss
 
             def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
-                seen = _gather(model, ascended.needs, batch, adversary, weights=parameters, updates_bn=())
+                seen = _gather(model, method, ascended.needs, batch, adversary, weights=parameters, updates_bn=())
                 return ascended(seen).mean()
 
             offsets = method.perturbation(_trainable(model), loss_of)
         evidence = _gather(
             model,
+            method,
             method.loss.needs,
             batch,
             adversary,
@@ -131,14 +135,23 @@ def training_step(
     Raises:
         UserError: As `training_loss`.
     """
-    computed = training_loss(model, method, batch, progress=progress, generator=generator, attacked=attacked)
+    method = method.at(END if progress is None else progress)
+    if method.step is not None:
+        return method.step(model, method, batch, optimizer, progress=progress, generator=generator, attacked=attacked)
+    computed = training_loss(model, method, batch, generator=generator, attacked=attacked)
     optimizer.zero_grad(set_to_none=True)
+    if not computed.loss.requires_grad:
+        raise UserError(f"the loss {method.loss!r} depends on no weight: all its coefficients are 0 at this point")
     computed.loss.mean().backward()
     _decay_at_perturbed_weights(model, optimizer, computed.evidence.offsets)
     optimizer.step()
-    with torch.no_grad():
-        remembered = {name: signal(computed.evidence) for name, signal in method.at(progress or END).remember}
-    return computed, remembered
+    return computed, remembered(method, computed)
+
+
+@torch.no_grad()
+def remembered(method: Method, computed: Loss) -> dict[str, Tensor]:
+    """The values (B,) of a method's remembered signals by name, after a step."""
+    return {name: signal(computed.evidence) for name, signal in method.remember}
 
 
 def _checked(adversary: Adversary, batch: Batch) -> Adversary:
@@ -170,6 +183,7 @@ def _decay_at_perturbed_weights(
 
 def _gather(
     model: nn.Module,
+    method: Method,
     needs: frozenset[str],
     batch: Batch,
     adversary: Adversary,
@@ -184,6 +198,7 @@ def _gather(
 
     Args:
         model: In train mode.
+        method: Whose step this is.
         needs: What the loss reads.
         batch: The instances.
         adversary: Their adversaries.
@@ -197,7 +212,6 @@ def _gather(
     moved = (
         {name: p + offsets[name] if name in offsets else p for name, p in base.items()} if base and offsets else base
     )
-    captured: list[Tensor] = []
 
     def forward(x: Tensor, parameters: Mapping[str, Tensor] | None = moved, *, update: bool = False) -> Tensor:
         if parameters is None and update:
@@ -206,7 +220,7 @@ def _gather(
         return full(functional_call(model, {**(parameters or {}), **buffers}, (x,)))
 
     logits: dict[str, Tensor] = {}
-    with _capturing(model, captured, wanted="features" in needs | extra):
+    with captured_features(model, wanted="features" in needs | extra) as captured:
         for name in FORWARDS:
             if name not in needs | extra:
                 continue
@@ -217,8 +231,6 @@ def _gather(
                 logits[name] = forward(x, parameters, update=name in updates_bn and name in needs)
         features = captured[-1] if captured else None
         others = tuple(forward(other.x) for other in adversary.others) if "others" in needs else ()
-    if "features" in needs | extra and features is None:
-        raise UserError("a signal needs features: the model must have a sub-module `head` that they go into")
     return Evidence(
         x=batch.x,
         y=batch.y,
@@ -236,25 +248,11 @@ def _gather(
         source=batch.source,
         others=others,
         features=features,
+        params=moved or _trainable(model) if "params" in needs | extra else None,
+        ball=getattr(method.attack, "ball", None),
+        scale=logit_scale(model),
+        shared=batch.shared,
         offsets=offsets or {},
         generator=generator,
         forward=forward,
     )
-
-
-@contextmanager
-def _capturing(model: nn.Module, captured: list[Tensor], *, wanted: bool) -> Iterator[None]:
-    """Keeps what goes into the model's head, the penultimate features."""
-    head = getattr(model, "head", None)
-    if not wanted or not isinstance(head, nn.Module):
-        yield
-        return
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        captured.append(full(inputs[0]))
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -77,6 +77,19 @@ class Ball(abc.ABC):
             The direction; zero for an instance whose gradient is zero.
         """
 
+    def support(self, gradient: Tensor) -> Tensor:
+        """How far a linear function with this `gradient` (B, C, H, W) can rise inside the ball, the box aside (B,).
+
+        It is eps times the dual norm of the gradient.
+
+        Example:
+            >>> g = torch.tensor([[[[3.0, -4.0]]]])
+            >>> [round(b.support(g).item(), 2) for b in (Linf(0.1), L2(0.1), L1(0.1))]
+            [0.7, 0.5, 0.4]
+        """
+        order = {"Linf": 1, "L2": 2, "L1": math.inf}[self.norm]
+        return self.radius * torch.linalg.vector_norm(gradient.flatten(1), order, dim=1)
+
     @abc.abstractmethod
     def sample(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """A random offset (B, C, H, W) inside the ball around 0, not yet cut to the box."""

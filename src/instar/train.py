@@ -61,7 +61,7 @@ from instar.schedules import Progress
 from instar.signals import Margin
 from instar.step import Loss, training_step
 from instar.storage import write_atomically
-from instar.weightspace.average import averaged_copy
+from instar.weightspace.average import averaged_copy, reestimate_batch_norm
 
 SELECTION_STEPS = 10
 """Steps of the margin PGD by which the best checkpoint is chosen."""
@@ -224,7 +224,7 @@ def train(
         method.at(Progress(epoch=epoch, epochs=chosen.epochs))
     device = choose_device(chosen.device)
     precision = choose_precision(chosen.precision, device)
-    network = _network(model, chosen, images).to(device)
+    network = _network(model, chosen, images, method).to(device)
     _check_requirement(method, network)
     if chosen.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -301,11 +301,13 @@ def _images(data: Any, settings: Settings) -> Images:
     return data if isinstance(data, Images) else from_dataset(data)
 
 
-def _network(model: str | nn.Module | None, settings: Settings, images: Images) -> nn.Module:
+def _network(model: str | nn.Module | None, settings: Settings, images: Images, method: Method) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     channels, height, _ = images.shape
     name = settings.model or ("small_cnn" if height < 32 else "resnet18")
+    required = method.requires
+    head = {} if required is None else {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
     return create(
         name,
         classes=len(images.classes),
@@ -315,12 +317,16 @@ def _network(model: str | nn.Module | None, settings: Settings, images: Images) 
         mean=images.info.mean,
         std=images.info.std,
         seed=key(settings.seed, purpose="weights"),
+        **head,
     )
 
 
 def _check_requirement(method: Method, network: nn.Module) -> None:
-    if method.requires == "cosine head" and type(getattr(network, "head", None)).__name__ != "Cosine":
-        raise UserError("this method needs a model with a cosine head; build it with head='cosine'")
+    if method.requires is not None and (lacking := method.requires.lacking(network)):
+        raise UserError(
+            f"this method needs a model with a cosine head: {lacking}. Name one of Instar's models, or give yours "
+            f"instar.models.heads.Cosine(..., scale={method.requires.scale:g}) as its attribute `head`"
+        )
 
 
 def _describe(
@@ -442,7 +448,7 @@ def _fresh_state(run: _Run, network: nn.Module) -> State:
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=settings.top_lr, betas=(settings.momentum, 0.999))
     else:
-        nesterov = settings.momentum > 0
+        nesterov = settings.nesterov and settings.momentum > 0
         optimizer = torch.optim.SGD(groups, lr=settings.top_lr, momentum=settings.momentum, nesterov=nesterov)
     remembered = tuple(name for name, _ in run.method.remember)
     return State(
@@ -495,18 +501,7 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
     updates = run.steps * settings.epochs
     saved = started = time.monotonic()
     counted = state.seconds
-    stream = batches(
-        run.train,
-        batch_size=settings.batch_size,
-        epoch=epoch,
-        seed=settings.seed,
-        shuffle=True,
-        drop_last=True,
-        augment=standard(run.train.images.info) if settings.augment == "standard" else NoAugmentation(),
-        device=run.device,
-        first_step=state.step,
-    )
-    for batch in stream:
+    for batch in _stream(run, epoch, first_step=state.step):
         step = state.step
         rate = learning_rate(settings, update=state.updates, updates=updates)
         for group in state.optimizer.param_groups:
@@ -524,6 +519,22 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
             saved = time.monotonic()
 
 
+def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
+    """The training batches of an epoch, augmented."""
+    settings = run.settings
+    return batches(
+        run.train,
+        batch_size=settings.batch_size,
+        epoch=epoch,
+        seed=settings.seed,
+        shuffle=True,
+        drop_last=True,
+        augment=standard(run.train.images.info) if settings.augment == "standard" else NoAugmentation(),
+        device=run.device,
+        first_step=first_step,
+    )
+
+
 def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> Loss:
     """One optimiser step with its average; random numbers are keyed by where the run stands."""
     where = {"epoch": progress.epoch, "step": progress.step}
@@ -537,7 +548,7 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
         computed, remembered = training_step(
             state.model,
             run.method,
-            dataclasses.replace(batch, memory=state.table.rows(index)),
+            dataclasses.replace(batch, memory=state.table.rows(index), shared=state.table.shared),
             state.optimizer,
             progress=progress,
             generator=generator(seed, purpose="attack", device=run.device, **where),
@@ -545,7 +556,7 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
         )
     state.table.write(index, remembered)
     if state.average is not None and run.method.average is not None:
-        run.method.average.update(state.average, state.model, state.updates)
+        run.method.average.update(state.average, state.model, progress)
     return computed
 
 
@@ -576,6 +587,9 @@ def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
             f"the loss became {loss} in epoch {epoch}: the learning rate {run.settings.top_lr:g} may be too high. "
             f"Checkpoints up to epoch {epoch - 1} are kept in {run.out / 'checkpoints'}"
         )
+    average = run.method.average
+    if state.average is not None and average is not None and average.batch_norm == "reestimate":
+        reestimate_batch_norm(state.average, (batch.x for batch in _stream(run, epoch)))
     evaluated = _evaluated(state)
     clean, robust = selection_accuracy(run.method, evaluated, run.selection, seed=run.settings.seed, device=run.device)
     rate = learning_rate(run.settings, update=state.updates - 1, updates=run.steps * run.settings.epochs)

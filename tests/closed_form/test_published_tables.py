@@ -157,11 +157,11 @@ def test_the_average_of_constant_weights_is_those_weights_and_a_decay_of_zero_co
     with torch.no_grad():
         for tensor in [*model.parameters(), model.running_mean, model.running_var]:
             tensor.copy_(torch.rand(3))
-    EMA(0.0).update(average, model, 0)
+    EMA(0.0).update(average, model, Progress(0, 1))
     for found, expected in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(found, expected)
     for step in range(50):
-        EMA(0.9).update(average, model, step)
+        EMA(0.9).update(average, model, Progress(0, 1, step=step))
     for found, expected in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

@@ -81,7 +81,7 @@ class Scaled(nn.Module):
 
 def _model(method: I.Method, *, classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    model = Network(classes, "cosine" if method.requires == "cosine head" else "linear")
+    model = Network(classes, "cosine" if method.requires else "linear")
     model.norm.running_mean.uniform_(-0.2, 0.2)
     model.norm.running_var.uniform_(0.5, 1.5)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import instar as I
 from instar.expression import assign, express, known, number, parse, value
+from instar.models.heads import CosineHead
 from instar.schedules import resolve
 from instar.signals import Constant, Negated, Product, Sum
 
@@ -80,7 +81,9 @@ attacks = st.one_of(
         st.one_of(st.sampled_from([I.Zero(), I.Uniform()]), st.builds(I.Gaussian, st.floats(1e-6, 1))),
         st.sampled_from(["eval", "train", "batch"]),
         stops,
-    ),
+        st.booleans(),
+        st.booleans(),
+    ).map(lambda attack: replace(attack, start=I.Uniform(2.0)) if attack.objective.vanishes_at_clean else attack),
 )
 radii = st.one_of(st.floats(0, 1), schedules)
 ascents = st.one_of(st.none(), leaves)
@@ -92,7 +95,7 @@ methods = st.builds(
     st.one_of(st.none(), st.builds(I.EMA, st.floats(0, 0.9999))),
     st.lists(st.tuples(st.text("abc_'\"\\\n", max_size=5), signals), max_size=2).map(tuple),
     st.lists(which, unique=True).map(tuple),
-    st.sampled_from([None, "cosine head"]),
+    st.sampled_from([None, CosineHead(), CosineHead(5.0, bias=False)]),
 )
 many = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 

@@ -301,7 +301,7 @@ def test_averaged_weights_follow_the_written_recursion(network: nn.Module) -> No
             for tensor in [*network.parameters(), network.norm.running_mean, network.norm.running_var]:
                 tensor.add_(0.1 * torch.randn_like(tensor))
             network.norm.num_batches_tracked.add_(1)
-        ema.update(average, network, t)
+        ema.update(average, network, I.Progress(0, 1, step=t))
         decay = min(0.9, (1 + t) / (10 + t))
         for name, now in network.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * now if now.is_floating_point() else now.clone()

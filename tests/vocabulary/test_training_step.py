@@ -300,7 +300,7 @@ def test_an_averaged_copy_shares_nothing_with_its_model_and_follows_statistics()
     before = {name: t.clone() for name, t in average.state_dict().items()}
     I.training_step(model, I.natural(), batch, optimizer)
     assert all(torch.equal(t, before[name]) for name, t in average.state_dict().items())
-    I.EMA(0.5).update(average, model, 1000)
+    I.EMA(0.5).update(average, model, I.Progress(0, 1, step=1000))
     for name, now in model.state_dict().items():
         expected = (before[name] + now) / 2 if now.is_floating_point() else now
         torch.testing.assert_close(average.state_dict()[name], expected, rtol=0, atol=1e-12)

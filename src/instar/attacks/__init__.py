@@ -3,6 +3,7 @@
 from instar.attacks.attack import Attack, NoAttack
 from instar.attacks.folded import Folded, FoldingError, fold
 from instar.attacks.pgd import PGD
+from instar.attacks.several import Several
 from instar.attacks.start import Gaussian, Given, Start, Uniform, Zero
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Gaussian",
     "Given",
     "NoAttack",
+    "Several",
     "Start",
     "Uniform",
     "Zero",

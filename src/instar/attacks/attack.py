@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from instar.evidence import Adversary, Batch
 from instar.expression import value
+from instar.threat import Ball
 
 
 class Attack(abc.ABC):
@@ -17,6 +18,21 @@ class Attack(abc.ABC):
     Order and module modes are left as found, parameters and their ``.grad`` untouched, and BatchNorm's buffers as
     found in mode ``"eval"`` and ``"batch"``, updated once a forward in mode ``"train"``.
     """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its signals read, named as in `Signal.needs`."""
+        return frozenset()
+
+    @property
+    def adversaries(self) -> int:
+        """How many adversarial images it makes of each instance."""
+        return 1
+
+    @property
+    def limit(self) -> Ball | None:
+        """The ball that the result lies in, which may be larger than that of the threat model; None for no bound."""
+        return getattr(self, "ball", None)
 
     @abc.abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, *, generator: torch.Generator | None = None) -> Adversary:

@@ -10,6 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
+from instar.models.heads import logit_scale
 from instar.models.normalize import Normalize
 from instar.models.precision import FloatLinear, trace
 from instar.modes import forward_mode
@@ -90,6 +91,7 @@ class Folded(nn.Module):
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> None:
         super().__init__()
+        self.logit_scale: Tensor | float = 1.0
         self._net = trace(copy.deepcopy(model).eval().requires_grad_(False))
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._pairs = _fold_in_place(self._net)
@@ -108,6 +110,7 @@ class Folded(nn.Module):
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Take over the weights and running statistics that `model` has now."""
+        self.logit_scale = logit_scale(model)
         modules = dict(model.named_modules())
         source = dict(model.named_parameters()) | dict(model.named_buffers())
         folded = {name for pair in self._pairs for name in pair}

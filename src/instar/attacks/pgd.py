@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from instar.attacks.attack import Attack, counts
 from instar.attacks.start import Start, Uniform
 from instar.errors import UserError
 from instar.evidence import Adversary, Batch, Evidence
 from instar.expression import value
-from instar.modes import MODES, forward_mode, full
+from instar.models.heads import logit_scale
+from instar.modes import MODES, captured_features, forward_mode, full
 from instar.schedules import Schedule
-from instar.signals import CrossEntropy, Signal
+from instar.signals import CrossEntropy, Referenced, Signal
 from instar.signals.losses import check_choice
 from instar.threat import Ball, Linf
 
 MOST_STEPS = 1_000_000
 _FOR_OBJECTIVE = frozenset({"clean", "adv"})
-_FOR_STOP = _FOR_OBJECTIVE | {"kappa", "input_grad"}
+_FOR_STOP = _FOR_OBJECTIVE | {"kappa", "input_grad", "features", "params"}
 
 
 @value
@@ -42,6 +46,10 @@ class PGD(Attack):
         mode: How BatchNorm behaves: ``"eval"``, ``"train"`` or ``"batch"`` (see `instar.modes`).
         stop: A rule (boolean `Signal`) that ends the attack on an instance before a step is taken; None never does. A
             stopped instance keeps its place in the batch, no longer moves and is no longer inspected: its κ freezes.
+        overshoot: Whether an instance keeps the step that made it stop (the official rule of SAT). False takes it back:
+            the result is the last iterate that the rule allowed, the last of all included; where it does not even
+            allow the start, the clean image if that is allowed, else the start.
+        project: Whether each iterate is brought back into the ball; False leaves only the box, as in N-FGSM.
 
     Raises:
         UserError: A negative number of steps, a step size that is not a positive number, an unknown mode, or a signal
@@ -66,6 +74,8 @@ class PGD(Attack):
     start: Start = Uniform()
     mode: str = "eval"
     stop: Signal | None = None
+    overshoot: bool = True
+    project: bool = True
 
     def __post_init__(self) -> None:
         """Check the fields that are numbers already."""
@@ -88,59 +98,165 @@ class PGD(Attack):
                     f"{', '.join(sorted(lacking))}"
                 )
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the objective and the stop rule read."""
+        return self.objective.needs | (self.stop.needs if self.stop is not None else frozenset())
+
+    @property
+    def limit(self) -> Ball:
+        """The ball, or without projection the one around it that start and steps can reach."""
+        if self.project:
+            return self.ball
+        scale = self.start.scale if isinstance(self.start, Uniform) else 1.0
+        steps, step_size = self._numbers()
+        return replace(self.ball, eps=min(scale * self.ball.radius + steps * step_size, 1.0))
+
+    def _numbers(self) -> tuple[int, float]:
+        if isinstance(self.steps, Schedule) or isinstance(self.step_size, Schedule):
+            raise UserError("steps or step_size is still a schedule: resolve it first with method.at(progress)")
+        return self.steps, self.step_size
+
     def __call__(self, model: nn.Module, batch: Batch, *, generator: torch.Generator | None = None) -> Adversary:
         """Run the attack; see `Attack`.
 
         Raises:
             UserError: `steps` or `step_size` is still a schedule.
         """
-        if isinstance(self.steps, Schedule) or isinstance(self.step_size, Schedule):
-            raise UserError("steps or step_size is still a schedule: resolve it first with method.at(progress)")
+        steps, step_size = self._numbers()
+        stop = None if self.stop is None or self.stop.idle else self.stop
+        if stop is not None:
+            self._take_references(stop, model, batch, generator)
         x, y = batch.x, batch.y
         kappa, inspected, moves = counts(y), counts(y), counts(y)
         active = torch.ones_like(y, dtype=torch.bool)
-        needs = self.objective.needs | (self.stop.needs if self.stop else frozenset())
+        needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
         with forward_mode(model, self.mode), torch.no_grad():
             clean = full(model(x)) if "clean" in needs else None
-            moved = self.start(x, self.ball, generator)
-            for _ in range(self.steps):
-                gradient, logits = self._gradient(model, batch, moved, clean)
+            look = _Looking(self, model, batch, clean, needs, logit_scale(model))
+            moved = before = self.start(x, self.ball, generator)
+            for step in range(steps):
+                seen, gradient = look(moved, kappa, inspected)
+                logits = seen.logits("adv")
                 right = logits.argmax(1) == y
                 inspected += active
                 kappa += right & active
-                stepped = self.ball.project(moved + self.step_size * self.ball.steepest(gradient, moved), x)
-                if self.stop is not None:
-                    evidence = Evidence(
-                        x=x,
-                        y=y,
-                        clean=clean,
-                        adv=logits,
-                        x_adv=moved,
-                        kappa=kappa,
-                        inspected=inspected,
-                        budget=self.steps,
-                        index=batch.index,
-                        memory=batch.memory,
-                        target=batch.target,
-                        input_grad=gradient,
-                    )
-                    active = active & ~self.stop(evidence)
+                if stop is not None:
+                    halted = stop(replace(seen, kappa=kappa, inspected=inspected)) & active
+                    if not self.overshoot and halted.any():
+                        if step == 0:
+                            before = self._allowed_start(stop, look, x, moved)
+                        moved = torch.where(_rows(halted), before, moved)
+                        moves -= (halted & (moves > 0)).to(moves.dtype)
+                    active = active & ~halted
                     if not active.any():
                         break
-                    stepped = torch.where(active.view(-1, 1, 1, 1), stepped, moved)
-                moved = stepped
+                stepped = moved + step_size * self.ball.steepest(gradient, moved)
+                stepped = self.ball.project(stepped, x) if self.project else stepped.clamp(0.0, 1.0)
+                before = moved
+                moved = stepped if stop is None else torch.where(_rows(active), stepped, moved)
                 moves += active
-            if self.stop is not None or self.steps == 0:
+            if stop is not None and not self.overshoot and steps and active.any():
+                seen, _ = look(moved, kappa, inspected)
+                halted = stop(seen) & active
+                moved = torch.where(_rows(halted), before, moved)
+                moves -= halted.to(moves.dtype)
+            if (stop is not None or steps == 0) and self.project:
                 # Whatever never moved is still at its start, which may lie outside (Gaussian noise, a given one).
-                moved = torch.where((moves > 0).view(-1, 1, 1, 1), moved, self.ball.project(moved, x))
-        return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=self.steps)
+                moved = torch.where(_rows(moves > 0), moved, self.ball.project(moved, x))
+        return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=steps)
 
-    def _gradient(self, model: nn.Module, batch: Batch, at: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradient of the objective with respect to the iterate, and the logits there, both detached."""
+    def _allowed_start(self, stop: Signal, look: _Looking, x: Tensor, start: Tensor) -> Tensor:
+        """Where an instance goes back to whose start the rule forbids: the clean image if that is allowed."""
+        seen, _ = look(x, counts(look.batch.y), counts(look.batch.y))
+        return torch.where(_rows(stop(seen)), start, x)
+
+    def _take_references(self, stop: Signal, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> None:
+        """Let difficulties that are measured against the attack at full strength take their measure.
+
+        The attack then begins at the same random start as if nothing had happened.
+        """
+        due = [signal for signal in _within(stop) if isinstance(signal, Referenced) and signal.due(batch.shared)]
+        if not due:
+            return
+        state = torch.get_rng_state() if generator is None else generator.get_state()
+        found = replace(self, stop=None)(model, batch, generator=generator)
+        if generator is None:
+            torch.set_rng_state(state)
+        else:
+            generator.set_state(state)
+        needs = self.objective.needs | stop.needs
+        with forward_mode(model, self.mode), torch.no_grad():
+            clean = full(model(batch.x)) if "clean" in needs else None
+            look = _Looking(self, model, batch, clean, needs, logit_scale(model))
+            seen, _ = look(found.x, found.kappa, found.inspected)
+            for signal in due:
+                signal.refer(seen)
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1)."""
+    return mask.view(-1, 1, 1, 1)
+
+
+def _within(signal: Signal) -> Iterator[Signal]:
+    """A signal and all that it is made of."""
+    yield signal
+    for part in signal.parts:
+        yield from _within(part)
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """What an attack sees at an iterate, and the gradient of its objective there."""
+
+    attack: PGD
+    model: nn.Module
+    batch: Batch
+    clean: Tensor | None
+    needs: frozenset[str]
+    scale: Tensor | float
+
+    def __call__(self, at: Tensor, kappa: Tensor, inspected: Tensor) -> tuple[Evidence, Tensor]:
+        """The evidence, detached, and the gradient (B, C, H, W)."""
         at = at.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = full(model(at))
-            evidence = Evidence(x=batch.x, y=batch.y, clean=clean, adv=logits, x_adv=at, target=batch.target)
+        with torch.enable_grad(), captured_features(self.model, wanted="features" in self.needs) as features:
+            logits = full(self.model(at))
+            evidence = Evidence(
+                x=self.batch.x,
+                y=self.batch.y,
+                clean=self.clean,
+                adv=logits,
+                x_adv=at,
+                target=self.batch.target,
+                ball=self.attack.ball,
+                scale=self.scale,
+            )
             # Summed, so that an instance's gradient does not depend on the size of the batch it came in.
-            (gradient,) = torch.autograd.grad(self.objective(evidence).sum(), at)
-        return gradient, logits.detach()
+            (gradient,) = torch.autograd.grad(self.attack.objective(evidence).sum(), at)
+        parameters = None
+        if "params" in self.needs:
+            parameters = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        seen = replace(
+            evidence,
+            adv=logits.detach(),
+            x_adv=at.detach(),
+            kappa=kappa,
+            inspected=inspected,
+            budget=self.attack._numbers()[0],
+            index=self.batch.index,
+            memory=self.batch.memory,
+            shared=self.batch.shared,
+            labelled=self.batch.labelled,
+            source=self.batch.source,
+            input_grad=gradient,
+            features=features[-1].detach() if features else None,
+            params=parameters,
+            forward=self._forward,
+        )
+        return seen, gradient
+
+    def _forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The model in the attack's mode, with other parameters if asked; no buffer is updated."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return full(functional_call(self.model, {**(parameters or {}), **buffers}, (x,)))

@@ -32,11 +32,26 @@ class Zero(Start):
 
 @value
 class Uniform(Start):
-    """A random point of the ball (see `Ball.sample`), cut to [0, 1]."""
+    """A random point of the ball (see `Ball.sample`), cut to [0, 1].
+
+    Attributes:
+        scale: Factor on the noise, at least 0. Above 1 it leaves the ball, as N-FGSM means it to.
+
+    Raises:
+        UserError: `scale` is negative or not a number.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the factor."""
+        if not 0 <= self.scale < math.inf:
+            raise UserError(f"scale of Uniform must be a number of at least 0; got {self.scale}")
 
     def __call__(self, x: Tensor, ball: Ball, generator: torch.Generator | None) -> Tensor:
         """`x` plus noise from the ball."""
-        return torch.clamp(x + ball.sample(x, generator), 0.0, 1.0)
+        noise = ball.sample(x, generator)
+        return torch.clamp(x + (noise if self.scale == 1 else self.scale * noise), 0.0, 1.0)
 
 
 @value

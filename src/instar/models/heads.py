@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional
 
 from instar.errors import UserError, unknown
+from instar.expression import value
 from instar.models.precision import FloatLinear, without_autocast
 
 HEADS = ("linear", "cosine")
@@ -80,6 +83,56 @@ class Cosine(nn.Linear):
     def extra_repr(self) -> str:
         """The sizes and the scale as they print."""
         return f"{super().extra_repr()}, scale={self.scale.item():g}"
+
+
+@value
+class CosineHead:
+    """What a method may require of its model: a cosine head with this scale.
+
+    Attributes:
+        scale: s > 0, the factor on the logits.
+        bias: Whether the head has a bias.
+
+    Raises:
+        UserError: `scale` is not a positive number.
+
+    Example:
+        >>> CosineHead(8.0).lacking(nn.Sequential())
+        'the model has no attribute `head` that is a cosine head'
+        >>> net = nn.Module()
+        >>> net.head = Cosine(4, 2, scale=8.0)
+        >>> CosineHead(8.0).lacking(net) is None, CosineHead(5.0).lacking(net)
+        (True, 'its cosine head has the scale 8, not 5')
+    """
+
+    scale: float = 8.0
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"scale of a cosine head must be positive; got {self.scale}. SPAT uses 8, HE 15.")
+
+    def lacking(self, model: nn.Module) -> str | None:
+        """What `model` lacks, in words; None if it has all."""
+        head = getattr(model, "head", None)
+        if not isinstance(head, Cosine):
+            return "the model has no attribute `head` that is a cosine head"
+        if not math.isclose(head.scale.item(), self.scale, rel_tol=1e-6):
+            return f"its cosine head has the scale {head.scale.item():g}, not {self.scale:g}"
+        return None
+
+
+def logit_scale(model: nn.Module) -> Tensor | float:
+    """What a model multiplies its logits by: the scale of its cosine head, 1 without one.
+
+    Example:
+        >>> logit_scale(nn.Linear(2, 2))
+        1.0
+    """
+    kept = getattr(model, "logit_scale", None)
+    head = getattr(model, "head", None)
+    return kept if kept is not None else head.scale if isinstance(head, Cosine) else 1.0
 
 
 def build_head(kind: str, in_features: int, classes: int, *, scale: float = 8.0, bias: bool = True) -> nn.Linear:

@@ -1,12 +1,22 @@
 """What a training step can look at and add up: losses, weights, difficulties and stop rules, all of one kind."""
 
 from instar.signals.algebra import Constant, Negated, Product, Signal, Sum
-from instar.signals.difficulty import Correct, Exceeds, LossGap, Patience, ProbabilityGap, SurvivedSteps
+from instar.signals.difficulty import (
+    Below,
+    Correct,
+    Exceeds,
+    LossGap,
+    Patience,
+    ProbabilityGap,
+    Referenced,
+    SurvivedSteps,
+)
 from instar.signals.losses import KL, CrossEntropy, LogitShift, Margin
 from instar.signals.weights import GeometryWeight, RankWeight, mean_one
 
 __all__ = [
     "KL",
+    "Below",
     "Constant",
     "Correct",
     "CrossEntropy",
@@ -20,6 +30,7 @@ __all__ = [
     "ProbabilityGap",
     "Product",
     "RankWeight",
+    "Referenced",
     "Signal",
     "Sum",
     "SurvivedSteps",

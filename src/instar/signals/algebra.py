@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +33,23 @@ class Signal(abc.ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the `Evidence` fields that must be computed for it: ``"clean"``, ``"adv"``, ``"anchor"``, ..."""
+        """Names of the `Evidence` fields that must be computed for it.
+
+        ``"clean"``, ``"adv"``, ``"anchor"`` and ``"others"`` are logits, ``"features"`` what goes into the head,
+        ``"params"`` the weights; ``"kappa"`` and ``"input_grad"`` are what an attack keeps.
+        """
         return frozenset[str]().union(*(part.needs for part in self.parts))
+
+    vanishes_at_clean: ClassVar[bool] = False
+    """Whether its gradient is zero at the clean image, so that an attack on it must start elsewhere."""
+
+    largest: ClassVar[float] = math.inf
+    """The largest value there is, for difficulties; a stop rule with this bound never stops."""
+
+    @property
+    def idle(self) -> bool:
+        """For a stop rule: whether it can never stop anything, so that nothing has to be computed for it."""
+        return False
 
     @property
     def parts(self) -> tuple[Signal, ...]:
@@ -155,7 +171,7 @@ class Sum(Signal):
 
 @value
 class Product(Signal):
-    """left · right.
+    """left · right. A factor that is the number 0 makes it 0 without the other one being computed.
 
     Attributes:
         left: First signal, usually the coefficient or weight.
@@ -169,8 +185,20 @@ class Product(Signal):
         """Take numbers for signals."""
         _as_signals(self, "left", "right")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What both factors need; nothing if one is 0."""
+        return frozenset() if self._zero else self.left.needs | self.right.needs
+
+    @property
+    def _zero(self) -> bool:
+        """Whether a factor is the number 0, such as a coefficient before its time has come."""
+        return any(isinstance(f, Constant) and f.amount == 0 for f in (self.left, self.right))
+
     def __call__(self, evidence: Evidence) -> Tensor:
         """The product (B,)."""
+        if self._zero:
+            return Constant(0.0)(evidence)
         if isinstance(self.left, Constant) and not isinstance(self.left.amount, Schedule):
             return float(self.left.amount) * self.right(evidence)
         return self.left(evidence) * self.right(evidence)

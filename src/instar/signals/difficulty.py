@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+import math
+from collections.abc import MutableMapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +31,8 @@ class ProbabilityGap(Signal):
 
     Source: Sitawarin et al. 2021 (SAT), P-SAT.
     """
+
+    largest: ClassVar[float] = 1.0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -110,6 +117,22 @@ class Correct(Signal):
         return (logits.argmax(1) == evidence.y).to(logits.dtype)
 
 
+class Referenced(Signal):
+    """A difficulty measured against what it is under the attack at full strength, which changes as training goes on.
+
+    An attack asks `due` before it begins. If so it first runs without its stop rule and shows the result to `refer`,
+    which keeps what it needs in `Evidence.shared`.
+    """
+
+    @abc.abstractmethod
+    def due(self, shared: MutableMapping[str, Tensor]) -> bool:
+        """Whether the reference must be taken (anew), asked once a step; may count the steps in `shared`."""
+
+    @abc.abstractmethod
+    def refer(self, evidence: Evidence) -> None:
+        """Take the reference from the evidence at the end of the attack at full strength."""
+
+
 @value
 class Exceeds(Signal):
     """Stop rule: the attack on an instance ends once its difficulty is above the bound.
@@ -128,11 +151,62 @@ class Exceeds(Signal):
     difficulty: Signal
     bound: float | Schedule
 
+    def __post_init__(self) -> None:
+        """Check the bound."""
+        check_bound("Exceeds", self.bound)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the bound is at least the largest difficulty there is."""
+        return not isinstance(self.bound, Schedule) and self.bound >= self.difficulty.largest
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the difficulty needs; nothing if the bound is out of reach."""
+        return frozenset() if self.idle else self.difficulty.needs
+
     def __call__(self, evidence: Evidence) -> Tensor:
         """Boolean (B,): True where the attack stops."""
         if isinstance(self.bound, Schedule):
             raise UserError(f"bound is still the schedule {self.bound!r}: use method.at(progress) first")
+        if self.idle:
+            return torch.zeros_like(evidence.y, dtype=torch.bool)
         return self.difficulty(evidence) > self.bound
+
+
+@value
+class Below(Signal):
+    """Stop rule: the attack on an instance ends once a measure of what is left to gain is below the bound.
+
+    Attributes:
+        measure: The signal to watch, such as `StationarityGap`.
+        bound: Smallest value that is still attacked; may be a `Schedule`.
+
+    Source: Wang et al. 2019 (Dynamic-AT).
+    """
+
+    measure: Signal
+    bound: float | Schedule
+
+    def __post_init__(self) -> None:
+        """Check the bound."""
+        check_bound("Below", self.bound)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Boolean (B,): True where the attack stops."""
+        if isinstance(self.bound, Schedule):
+            raise UserError(f"bound is still the schedule {self.bound!r}: use method.at(progress) first")
+        return self.measure(evidence) < self.bound
+
+
+def check_bound(owner: str, bound: float | Schedule) -> None:
+    """Refuse a bound that is no number.
+
+    Raises:
+        UserError: It is NaN.
+    """
+    if not isinstance(bound, Schedule) and math.isnan(bound):
+        raise UserError(f"bound of {owner} must be a number; got nan")
 
 
 @value

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from instar.errors import UserError
 from instar.evidence import Evidence
 from instar.expression import value
+from instar.schedules import Schedule
 from instar.signals.algebra import Signal
 
 UNLABELLED = -1
@@ -81,6 +85,12 @@ class KL(Signal):
     The clean distribution is the target; gradient flows through both. As an attack objective p(x) is a constant,
     because the clean logits are computed once, without a graph.
 
+    Attributes:
+        of: Which adversary x′ is: ``"adv"``, or ``"other"`` for the first of the further ones (see `Several`).
+
+    Raises:
+        UserError: Another name.
+
     Example:
         >>> from instar.evidence import Evidence
         >>> z = torch.tensor([[1.0, -1.0]])
@@ -90,15 +100,23 @@ class KL(Signal):
     Source: Zhang et al. 2019 (TRADES), Eq. 5. Summed over classes; the mean over the batch is the step's.
     """
 
+    of: str = "adv"
+
+    vanishes_at_clean: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_choice("KL", "of", self.of, ("adv", "other"))
+
     @property
     def needs(self) -> frozenset[str]:
         """Clean and adversarial logits."""
-        return frozenset({"clean", "adv"})
+        return frozenset({"clean", "adv" if self.of == "adv" else "others"})
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Divergence (B,), non-negative up to rounding."""
         p = F.log_softmax(evidence.logits("clean"), 1)
-        q = F.log_softmax(evidence.logits("adv"), 1)
+        q = F.log_softmax(evidence.logits(self.of), 1)
         return (p.exp() * (p - q)).sum(1)
 
 
@@ -110,9 +128,11 @@ class Margin(Signal):
 
     Attributes:
         of: Which logits: ``"adv"`` (default), ``"clean"`` or ``"anchor"``.
+        cap: Largest value, beyond which there is no gradient: 50 in the attack of GAIR-RST, a curriculum's bound in
+            SAT's hinge. +inf (default) does not cap. May be a `Schedule`.
 
     Raises:
-        UserError: Another name of logits.
+        UserError: Another name of logits, or a cap that is NaN.
 
     Example:
         >>> from instar.evidence import Evidence
@@ -120,14 +140,17 @@ class Margin(Signal):
         >>> Margin()(e)
         tensor([-1.])
 
-    Source: Carlini & Wagner 2017, loss f6 without the bound on confidence.
+    Source: Carlini & Wagner 2017, loss f6; the cap is its confidence κ.
     """
 
     of: str = "adv"
+    cap: float | Schedule = math.inf
 
     def __post_init__(self) -> None:
-        """Check the field."""
+        """Check the fields."""
         check_choice("Margin", "of", self.of, ("adv", "clean", "anchor"))
+        if not isinstance(self.cap, Schedule) and math.isnan(self.cap):
+            raise UserError("cap of Margin must be a number or inf; got nan")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -136,7 +159,10 @@ class Margin(Signal):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Margin (B,)."""
-        return lead(evidence.logits(self.of), evidence.y)
+        if isinstance(self.cap, Schedule):
+            raise UserError(f"cap is still the schedule {self.cap!r}: use method.at(progress) first")
+        margin = lead(evidence.logits(self.of), evidence.y)
+        return margin if self.cap == math.inf else margin.clamp_max(self.cap)
 
 
 def lead(scores: Tensor, y: Tensor) -> Tensor:
@@ -177,6 +203,8 @@ class LogitShift(Signal):
     """
 
     reference: str = "anchor"
+
+    vanishes_at_clean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the field."""
