@@ -1,20 +1,57 @@
 """Instar: instance-adaptive adversarial training of image classifiers, and honest measurement of their robustness."""
 
-from instar.attacks import PGD, Folded, Gaussian, Given, NoAttack, Uniform, Zero
+from instar.attacks import PGD, Folded, Gaussian, Given, NoAttack, Several, Uniform, Zero
 from instar.errors import UserError
 from instar.evidence import Adversary, Batch, Evidence
 from instar.expression import parse, value
-from instar.method import Method
-from instar.methods import RECIPES, fat, gairat, iseat, mail_at, mail_trades, mart, natural, p_sat, pgd_at, trades
+from instar.method import Method, Step
+from instar.methods import (
+    RECIPES,
+    alp,
+    at_awp,
+    at_sam,
+    dynamic_at,
+    fast_at,
+    fat,
+    fat_mart,
+    fat_trades,
+    fgsm_at,
+    fgsm_sat,
+    free_at,
+    gair_fat,
+    gair_rst,
+    gair_trades,
+    gairat,
+    grad_align,
+    h_sat,
+    iseat,
+    kd_swa,
+    mail_at,
+    mail_trades,
+    mart,
+    mart_awp,
+    n_fgsm,
+    natural,
+    p_sat,
+    pgd_at,
+    spat,
+    trades,
+    trades_awp,
+)
+from instar.models.heads import CosineHead
 from instar.runs import load
-from instar.schedules import Progress, Ramp, Schedule, Steps
+from instar.schedules import Progress, Ramp, Scaled, Schedule, Steps
 from instar.signals import (
     KL,
+    Below,
     Constant,
     Correct,
     CrossEntropy,
     Exceeds,
+    GaussNewtonCurvature,
     GeometryWeight,
+    HessianCurvature,
+    LastLayerCurvature,
     LogitShift,
     LossGap,
     Margin,
@@ -26,7 +63,7 @@ from instar.signals import (
 )
 from instar.step import Loss, training_loss, training_step
 from instar.threat import L1, L2, Ball, Linf, ball
-from instar.weightspace import AWP, EMA, SAM
+from instar.weightspace import AWP, EMA, SAM, SWA
 
 __version__ = "0.1.0"
 
@@ -39,18 +76,24 @@ __all__ = [
     "PGD",
     "RECIPES",
     "SAM",
+    "SWA",
     "Adversary",
     "Ball",
     "Batch",
+    "Below",
     "Constant",
     "Correct",
+    "CosineHead",
     "CrossEntropy",
     "Evidence",
     "Exceeds",
     "Folded",
+    "GaussNewtonCurvature",
     "Gaussian",
     "GeometryWeight",
     "Given",
+    "HessianCurvature",
+    "LastLayerCurvature",
     "Linf",
     "LogitShift",
     "Loss",
@@ -63,27 +106,50 @@ __all__ = [
     "Progress",
     "Ramp",
     "RankWeight",
+    "Scaled",
     "Schedule",
+    "Several",
     "Signal",
+    "Step",
     "Steps",
     "SurvivedSteps",
     "Uniform",
     "UserError",
     "Zero",
     "__version__",
+    "alp",
+    "at_awp",
+    "at_sam",
     "ball",
+    "dynamic_at",
+    "fast_at",
     "fat",
+    "fat_mart",
+    "fat_trades",
+    "fgsm_at",
+    "fgsm_sat",
+    "free_at",
+    "gair_fat",
+    "gair_rst",
+    "gair_trades",
     "gairat",
+    "grad_align",
+    "h_sat",
     "iseat",
+    "kd_swa",
     "load",
     "mail_at",
     "mail_trades",
     "mart",
+    "mart_awp",
+    "n_fgsm",
     "natural",
     "p_sat",
     "parse",
     "pgd_at",
+    "spat",
     "trades",
+    "trades_awp",
     "training_loss",
     "training_step",
     "value",

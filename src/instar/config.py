@@ -276,7 +276,9 @@ def build_method(
     usual: dict[str, Any] = {"norm": info.norm, "eps": info.eps, "steps": info.steps, "step_size": info.step_size}
     if isinstance(given.get("eps"), (int, float)):
         usual["step_size"] = given["eps"] / 4
-    method = recipe(**{name: item for name, item in usual.items() if name in accepted} | given)
+    # A recipe with a step size of None derives it from eps in its own way.
+    open_ = {name: item for name, item in usual.items() if name in accepted and accepted[name].default is not None}
+    method = recipe(**open_ | given)
     if not isinstance(method, Method):
         raise UserError(f"a recipe must return a Method; {recipe.__name__} returned {type(method).__name__}")
     if settings.ema and method.average is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from instar.evidence import Batch
 from instar.method import Method
-from instar.step import training_loss
+from instar.step import training_loss, training_step
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class _Counter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(4, 3)
+        self.sharing = False
         self.forwards = self.to_input = self.to_weights = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
         logits: Tensor = self.head(x.flatten(1))
         if logits.requires_grad:
-            logits.register_hook(self._input if x.requires_grad else self._weights)
+            # A pass whose input needs a gradient while weights do too (Free-AT) is a full one.
+            logits.register_hook(self._input if x.requires_grad and not self.sharing else self._weights)
         return logits
 
     def _input(self, gradient: Tensor) -> None:
@@ -75,7 +77,11 @@ def passes(method: Method) -> Passes:
         torch.manual_seed(0)
         model = _Counter()
         batch = Batch(torch.rand(8, 1, 2, 2), torch.arange(8) % 3)
-        loss = training_loss(model, method, batch).loss
-    if loss.requires_grad:
-        loss.mean().backward()
+        if method.step is not None:
+            model.sharing = True
+            training_step(model, method, batch, torch.optim.SGD(model.parameters(), lr=0.0))
+        else:
+            loss = training_loss(model, method, batch).loss
+            if loss.requires_grad:
+                loss.mean().backward()
     return Passes(model.forwards, model.to_input, model.to_weights)

@@ -167,6 +167,27 @@ class Ramp(Schedule):
         return self.initial + (self.final - self.initial) * share
 
 
+@value
+class Scaled(Schedule):
+    """Another schedule times a number, for a step size that follows a radius.
+
+    Attributes:
+        schedule: The other schedule.
+        factor: The number.
+
+    Example:
+        >>> Scaled(Steps(0, ((0.5, 8 / 255),)), 1.25)(Progress(1, 2)) == 10 / 255
+        True
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def __call__(self, progress: Progress) -> float:
+        """The product during the epoch."""
+        return self.factor * self.schedule(progress)
+
+
 def resolve(item: Any, progress: Progress) -> Any:
     """`item` with every `Schedule` inside of it replaced by its number.
 

@@ -43,6 +43,15 @@ def test_mart_attack_loss_and_every_gradient_are_those_of_the_official_code(gold
     g.loss_and_gradients_agree(loss)
 
 
+def test_spat_attack_loss_and_every_gradient_are_those_of_the_official_code(golden: Opened) -> None:
+    g = golden("spat")
+    method = I.spat(beta=6.0, scale=8.0, margin=0.2, offset=0.2, **PLACE)
+    method = replace(method, attack=replace(method.attack, start=I.Given(g.noise)))
+    loss, adversary, _ = I.training_loss(g.network, method, g.batch)
+    _near(adversary.x, g.numbers["x_adv"])
+    g.loss_and_gradients_agree(loss)
+
+
 def test_gairat_attack_kappa_loss_and_every_gradient_are_those_of_the_official_code(golden: Opened) -> None:
     g = golden("gairat")
     method = I.gairat(shift=-1.0, **PLACE)

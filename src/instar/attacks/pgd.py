@@ -109,10 +109,15 @@ class PGD(Attack):
         if self.project:
             return self.ball
         scale = self.start.scale if isinstance(self.start, Uniform) else 1.0
-        steps, step_size = self._numbers()
+        steps, step_size = self.numbers()
         return replace(self.ball, eps=min(scale * self.ball.radius + steps * step_size, 1.0))
 
-    def _numbers(self) -> tuple[int, float]:
+    def numbers(self) -> tuple[int, float]:
+        """`steps` and `step_size`, resolved.
+
+        Raises:
+            UserError: One of them is still a schedule.
+        """
         if isinstance(self.steps, Schedule) or isinstance(self.step_size, Schedule):
             raise UserError("steps or step_size is still a schedule: resolve it first with method.at(progress)")
         return self.steps, self.step_size
@@ -123,7 +128,7 @@ class PGD(Attack):
         Raises:
             UserError: `steps` or `step_size` is still a schedule.
         """
-        steps, step_size = self._numbers()
+        steps, step_size = self.numbers()
         stop = None if self.stop is None or self.stop.idle else self.stop
         if stop is not None:
             self._take_references(stop, model, batch, generator)
@@ -243,7 +248,7 @@ class _Looking:
             x_adv=at.detach(),
             kappa=kappa,
             inspected=inspected,
-            budget=self.attack._numbers()[0],
+            budget=self.attack.numbers()[0],
             index=self.batch.index,
             memory=self.batch.memory,
             shared=self.batch.shared,

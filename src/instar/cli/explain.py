@@ -41,12 +41,15 @@ def explanation(name: str) -> str:
     recipe: Recipe = find_recipe(name)
     text = inspect.getdoc(recipe) or "(no docstring)"
     kept = [block for block in text.split("\n\n") if not block.startswith(("Returns:", "Raises:", "Example:"))]
-    method = recipe()
+    head = [f"{recipe.__name__}: {kept[0]}", *kept[1:]]
+    try:
+        method = recipe()
+    except UserError as lacking:
+        return "\n\n".join([*head, f"Cost and value depend on its arguments: {lacking}"])
     counted = passes(method)
     return "\n\n".join(
         [
-            f"{recipe.__name__}: {kept[0]}",
-            *kept[1:],
+            *head,
             "Cost of a step, in passes of the batch:\n"
             f"    {counted.forward} forward, {counted.backward_input} backward to the input, "
             f"{counted.backward_full} full backward; {counted.units} forward units (full backward = 2)",

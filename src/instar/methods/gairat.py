@@ -7,7 +7,7 @@ import math
 from instar.attacks import PGD
 from instar.errors import UserError
 from instar.method import Method
-from instar.schedules import Schedule, Steps
+from instar.schedules import Schedule, Steps, lowest
 from instar.signals import CrossEntropy, GeometryWeight
 from instar.threat import ball
 
@@ -55,10 +55,28 @@ def gairat(
     Known criticism: reweighting flattens logits and misleads PGD on cross-entropy: reported 55-58 % under PGD-20 are
         33-42 % under AutoAttack (Hitaj et al. 2021). Judge it by AutoAttack or a margin loss.
     """
-    if not isinstance(steps, Schedule) and steps < 2:
-        raise UserError(f"GAIRAT ranks instances by the steps they survive: steps must be at least 2; got {steps}")
-    # Made here once without a schedule, so that a wrong λ or weight function is refused before training begins.
-    GeometryWeight(shift, weight)
-    gate = shift if isinstance(shift, Schedule) or burn_in == 0 else Steps(math.inf, ((burn_in, float(shift)),))
+    check_steps(steps)
     attack = PGD(ball(norm, eps), steps=steps, step_size=step_size)
-    return Method(attack, GeometryWeight(gate, weight) * CrossEntropy())
+    return Method(attack, geometry_weight(shift, burn_in, weight) * CrossEntropy())
+
+
+def check_steps(steps: int | Schedule) -> None:
+    """Refuse an attack by whose length no instances can be ranked.
+
+    Raises:
+        UserError: Fewer than 2 steps.
+    """
+    if lowest(steps) < 2:
+        raise UserError(f"GAIRAT ranks instances by the steps they survive: steps must be at least 2; got {steps}")
+
+
+def geometry_weight(shift: float | Schedule, burn_in: float, weight: str) -> GeometryWeight:
+    """GAIRAT's weight behind a burn-in with uniform weights (λ = ∞); a schedule of λ takes the burn-in's place.
+
+    Raises:
+        UserError: λ of NaN, or an unknown weight function.
+    """
+    if isinstance(shift, Schedule) or burn_in == 0:
+        return GeometryWeight(shift, weight)
+    GeometryWeight(shift, weight)  # made once without a schedule, so that a wrong λ is refused before training begins
+    return GeometryWeight(Steps(math.inf, ((burn_in, float(shift)),)), weight)

@@ -1,6 +1,7 @@
 """What a training step can look at and add up: losses, weights, difficulties and stop rules, all of one kind."""
 
 from instar.signals.algebra import Constant, Negated, Product, Signal, Sum
+from instar.signals.curvature import GaussNewtonCurvature, HessianCurvature, LastLayerCurvature
 from instar.signals.difficulty import (
     Below,
     Correct,
@@ -21,7 +22,10 @@ __all__ = [
     "Correct",
     "CrossEntropy",
     "Exceeds",
+    "GaussNewtonCurvature",
     "GeometryWeight",
+    "HessianCurvature",
+    "LastLayerCurvature",
     "LogitShift",
     "LossGap",
     "Margin",
