@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from instar.data import DatasetInfo
+from instar.data import AUGMENTATIONS, DatasetInfo, extra_count
 from instar.errors import UserError, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
@@ -49,7 +49,13 @@ class Settings:
         decay_norm: Whether normalisation and biases decay too, as in the published codes.
         ema: Decay of the averaged weights, which are evaluated and saved; 0 keeps none.
         label_smoothing: Smoothing of the cross-entropies in the loss, in [0, 1).
-        augment: ``standard`` (random crop and flip where the data set's usual recipe has them) or ``none``.
+        augment: ``standard`` (random crop and flip where the data set's usual recipe has them), ``none``,
+            ``idbh-weak``, ``idbh-strong``, ``idbh-svhn``, ``cutout``, ``autoaugment``, ``randaugment``,
+            ``trivialaugment`` or ``augmix``.
+        mix: ``cutmix`` or ``mixup`` blends the images of a batch and makes their labels soft; ``none`` does not.
+        extra: File of generated or pseudo-labelled images (``.npz`` of any size) that a part of each batch comes from.
+        extra_fraction: Share of extra images in a batch; an epoch keeps its number of steps.
+        extra_smoothing: Label smoothing of the extra images alone, in [0, 1).
         selection: Training images held out to choose the best checkpoint by: a number, or a share below 1. None means
             1,000, or a tenth of the training set where that is less.
         precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
@@ -81,7 +87,11 @@ class Settings:
     decay_norm: bool = True
     ema: float = 0.995
     label_smoothing: float = 0.0
-    augment: Literal["standard", "none"] = "standard"
+    augment: str = "standard"
+    mix: Literal["none", "cutmix", "mixup"] = "none"
+    extra: str | None = None
+    extra_fraction: float = 0.7
+    extra_smoothing: float = 0.0
     selection: float | None = None
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
@@ -110,8 +120,13 @@ class Settings:
             raise UserError(f"momentum must be in [0, 1); got {self.momentum}")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be in [0, 1), for example 0.995, and 0 for none; got {self.ema}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        for name in ("label_smoothing", "extra_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.augment not in AUGMENTATIONS:
+            raise unknown("augment", self.augment, AUGMENTATIONS)
+        if self.extra is not None:
+            extra_count(self.batch_size, self.extra_fraction)
         if self.selection is not None and not self.selection > 0:
             raise UserError(f"selection must be a positive number of images or a share below 1; got {self.selection}")
 

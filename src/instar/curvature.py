@@ -283,17 +283,11 @@ def _check_parameters(parameters: Parameters) -> None:
             )
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities (B, K) in float64, the place (B, 1) of the largest, and (B, K) without it."""
-    p = logits.double().softmax(1)
-    top = p.argmax(1, keepdim=True)
-    return p, top, p.scatter(1, top, 0.0)
-
-
 def _largest_of_softmax(logits: Tensor) -> Tensor:
     """λ_max(diag p − p pᵀ) (B,) in float64; see `softmax_curvature`."""
-    p, top, others = _softmax(logits)
-    first = p.gather(1, top)
+    p = logits.double().softmax(1)
+    top = p.argmax(1, keepdim=True)
+    first, others = p.gather(1, top), p.scatter(1, top, 0.0)
     rest = others.sum(1, keepdim=True)  # not 1 − p_(1), which keeps no digit where p is all but one-hot
     second = others.amax(1, keepdim=True)
     root = torch.maximum(second * (2 * first / (first + second)), first * rest)
@@ -310,12 +304,9 @@ def _largest_of_softmax(logits: Tensor) -> Tensor:
 
 def _factor_of_softmax(logits: Tensor) -> Tensor:
     """L (B, K, K) with L Lᵀ = diag p − p pᵀ, in float64: no root of a matrix has to be computed."""
-    p, top, others = _softmax(logits)
+    p = logits.double().softmax(1)
     root = p.sqrt()
-    factor = torch.diag_embed(root) - p.unsqueeze(2) * root.unsqueeze(1)
-    # √p_(1) (1 − p_(1)) without the difference, as above.
-    factor.diagonal(dim1=1, dim2=2).scatter_(1, top, root.gather(1, top) * others.sum(1, keepdim=True))
-    return factor
+    return torch.diag_embed(root) - p.unsqueeze(2) * root.unsqueeze(1)
 
 
 def _largest_of_symmetric(matrices: Tensor) -> Tensor:

@@ -35,16 +35,19 @@ from instar.config import (
     written,
 )
 from instar.data import (
+    CutMix,
+    ExtraImages,
     Images,
-    NoAugmentation,
+    MixUp,
     SelectionSplit,
     TrainSplit,
+    augmentation,
     batches,
     from_dataset,
     hold_out,
     load,
+    mixed_batches,
     require_selection,
-    standard,
     steps_per_epoch,
 )
 from instar.data.indexed import as_float
@@ -143,6 +146,7 @@ class _Run:
     settings: Settings
     out: Path
     train: TrainSplit
+    extra: ExtraImages | None
     selection: SelectionSplit
     rows: int
     device: torch.device
@@ -234,6 +238,7 @@ def train(
     train_split, selection = hold_out(images, selection=chosen.held_out(len(images)), seed=chosen.seed)
     if steps_per_epoch(train_split, chosen.batch_size, True) == 0:
         raise UserError(f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}")
+    extra = ExtraImages.open(chosen.extra, info=info, note=note) if chosen.extra else None
     described = _describe(recipe, method, chosen, network, images, selection, device, precision)
     fingerprint = _fingerprint(described)
     folder = Path(out)
@@ -243,6 +248,7 @@ def train(
         settings=chosen,
         out=folder,
         train=train_split,
+        extra=extra,
         selection=require_selection(selection),
         rows=len(images),
         device=device,
@@ -520,19 +526,27 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
 
 
 def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
-    """The training batches of an epoch, augmented."""
-    settings = run.settings
-    return batches(
-        run.train,
-        batch_size=settings.batch_size,
-        epoch=epoch,
-        seed=settings.seed,
-        shuffle=True,
-        drop_last=True,
-        augment=standard(run.train.images.info) if settings.augment == "standard" else NoAugmentation(),
-        device=run.device,
-        first_step=first_step,
-    )
+    """The training batches of an epoch: augmented, with their extra images, and mixed."""
+    settings, images = run.settings, run.train.images
+    usual: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "epoch": epoch,
+        "seed": settings.seed,
+        "shuffle": True,
+        "drop_last": True,
+        "augment": augmentation(settings.augment, images.info),
+        "device": run.device,
+        "first_step": first_step,
+    }
+    if run.extra is None:
+        stream = batches(run.train, **usual)
+    else:
+        mixture: dict[str, Any] = {"fraction": settings.extra_fraction, "smoothing": settings.extra_smoothing}
+        stream = mixed_batches(run.train, run.extra, **mixture, **usual)
+    mixers: dict[str, CutMix | MixUp] = {"cutmix": CutMix(), "mixup": MixUp()}
+    for step, batch in enumerate(stream, start=first_step):
+        draws = generator(settings.seed, epoch=epoch, step=step, purpose="mix", device=run.device)
+        yield mixers[settings.mix](batch, len(images.classes), draws) if settings.mix in mixers else batch
 
 
 def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> Loss:

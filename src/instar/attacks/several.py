@@ -34,7 +34,7 @@ class Several(Attack):
         >>> from instar.attacks import PGD
         >>> from instar.signals import Margin
         >>> Several(PGD(), (PGD(objective=Margin()),))
-        Several(PGD(), others=(PGD(objective=Margin()),))
+        Several(PGD(), (PGD(objective=Margin()),))
     """
 
     first: Attack

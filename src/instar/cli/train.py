@@ -140,6 +140,7 @@ def _parser(recipe: Recipe | None) -> ArgumentParser:
     made.add_argument("--recipe", type=str, help="the recipe, if it is not the first word")
     made.add_argument("--out", type=str, default=None, help="folder of the run (default: runs/RECIPE-DATA-seedS)")
     made.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    made.add_argument("--preset", type=str, default=None, help="a published setting; instar explain RECIPE lists them")
     made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
     made.add_argument("--print_config", action="store_true", help="print the configuration as YAML and stop")
     made.add_class_arguments(Settings)

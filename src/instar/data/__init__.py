@@ -10,30 +10,40 @@ Example:
 """
 
 from instar.data.augment import Augmentation, Flip, NoAugmentation, PadCrop, standard
+from instar.data.augmentations import AUGMENTATIONS, augmentation
 from instar.data.catalogue import DatasetInfo
+from instar.data.extra import ExtraImages, extra_count, mixed_batches
 from instar.data.indexed import FolderImages, Images, ResidentImages, from_dataset
+from instar.data.mix import CutMix, MixUp
 from instar.data.resident import batches, steps_per_epoch
 from instar.data.sources import default_root, info, load, names
 from instar.data.splits import SelectionSplit, TestSplit, TrainSplit, hold_out, require_selection
 
 __all__ = [
+    "AUGMENTATIONS",
     "Augmentation",
+    "CutMix",
     "DatasetInfo",
+    "ExtraImages",
     "Flip",
     "FolderImages",
     "Images",
+    "MixUp",
     "NoAugmentation",
     "PadCrop",
     "ResidentImages",
     "SelectionSplit",
     "TestSplit",
     "TrainSplit",
+    "augmentation",
     "batches",
     "default_root",
+    "extra_count",
     "from_dataset",
     "hold_out",
     "info",
     "load",
+    "mixed_batches",
     "names",
     "require_selection",
     "standard",

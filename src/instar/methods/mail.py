@@ -12,6 +12,7 @@ from instar.expression import value
 from instar.method import Method
 from instar.schedules import Schedule, Steps
 from instar.signals import KL, CrossEntropy, ProbabilityGap, Signal
+from instar.signals.losses import UNLABELLED
 from instar.threat import ball
 
 
@@ -35,8 +36,9 @@ class ProbabilityMarginWeight(Signal):
         return frozenset({"adv"})
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Weights (B,) in (0, 3)."""
-        return (3 * torch.sigmoid(self.slope * (ProbabilityGap()(evidence) + self.bias))).detach()
+        """Weights (B,) in (0, 3); 1 for an instance without a label."""
+        weight = (3 * torch.sigmoid(self.slope * (ProbabilityGap()(evidence) + self.bias))).detach()
+        return torch.where(evidence.y == UNLABELLED, torch.ones_like(weight), weight)
 
 
 @value

@@ -20,7 +20,7 @@ from instar.models.normalize import Normalize, statistics
 from instar.models.preact_resnet import PreActResNet
 from instar.models.precision import FloatStemConv2d
 from instar.models.resnet import ResNet
-from instar.models.small import MnistCNN, SmallCNN
+from instar.models.small import MnistCNN, SatCNN, SmallCNN
 from instar.models.wide_resnet import WideResNet
 
 OWN: dict[str, Callable[..., nn.Module]] = {
@@ -30,6 +30,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, 18),
     "resnet34": partial(ResNet, 34),
     "resnet50": partial(ResNet, 50),
+    "sat_cnn": SatCNN,
     "small_cnn": SmallCNN,
 }
 PUBLISHED_WIDE = ("wide_resnet_28_10", "wide_resnet_34_10", "wide_resnet_34_20", "wide_resnet_70_16")

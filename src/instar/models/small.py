@@ -1,4 +1,4 @@
-"""Small convolutional networks: one for anything from 8x8 digits up, and the published one for MNIST."""
+"""Small convolutional networks: one for anything from 8x8 digits up, and the published ones for MNIST."""
 
 from __future__ import annotations
 
@@ -191,3 +191,76 @@ class MnistCNN(Classifier):
         layers = self.classifier
         out = layers["drop"](layers["relu1"](layers["fc1"](out)))
         return layers["relu2"](layers["fc2"](out))
+
+
+class SatCNN(Classifier):
+    """The three-convolution network without BatchNorm of the MNIST experiments of SAT.
+
+    Convolutions of 8x8 (stride 2, padding 3), 6x6 (stride 2, padding 3) and 5x5 (stride 1) with w, 2w and 2w channels,
+    each followed by the activation, and one linear layer; 2048 features for 28x28 images and w = 64.
+
+    Args:
+        classes: Number of classes K.
+        channels: Channels of the images.
+        image_size: Height and width in pixels, at least 16; 28 is the published one.
+        width: Channels w of the first convolution; 64 is the published number.
+        mean: Normalisation means in [0, 1]; None is 0, as published.
+        std: Normalisation standard deviations; None is 1, as published.
+        activation: ``"relu"`` (published), ``"silu"``, ``"softplus"`` or ``"gelu"``.
+        head: ``"linear"`` or ``"cosine"``.
+        scale: Logit scale of a cosine head.
+        head_bias: Whether the head has a bias.
+
+    Raises:
+        UserError: If a name is unknown or the image too small.
+
+    Source:
+        Sitawarin et al. 2021 (SAT), training code, MNIST; the same network as in Wang et al. 2019 (Dynamic-AT).
+        Initialisation: PyTorch's default.
+    Deviations: none.
+
+    Example:
+        >>> import torch
+        >>> net = SatCNN(classes=10)
+        >>> net.features(torch.rand(2, 1, 28, 28)).shape, net(torch.rand(2, 1, 28, 28)).shape
+        (torch.Size([2, 2048]), torch.Size([2, 10]))
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int = 1,
+        image_size: int = 28,
+        width: int = 64,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        activation: str = "relu",
+        head: str = "linear",
+        scale: float = 8.0,
+        head_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if image_size < 16:
+            raise UserError(
+                f"sat_cnn needs images of at least 16x16 pixels; got {image_size}x{image_size}. Take small_cnn."
+            )
+        side = (image_size - 2) // 2 + 1
+        side = side // 2 + 1 - 4
+        self.normalize = Normalize(mean=mean, std=std, channels=channels)
+        self.conv1 = FloatStemConv2d(channels, width, 8, stride=2, padding=3)
+        self.conv2 = nn.Conv2d(width, 2 * width, 6, stride=2, padding=3)
+        self.conv3 = nn.Conv2d(2 * width, 2 * width, 5)
+        self.activation = build_activation(activation)
+        self.linear = build_head(head, 2 * width * side * side, classes, scale=scale, bias=head_bias)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer, registered as ``linear``."""
+        return self.linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """The features (B, 2048 for 28x28 images) of images (B, C, H, W) in [0, 1]."""
+        out = self.activation(self.conv1(self.normalize(x)))
+        out = self.activation(self.conv2(out))
+        return self.activation(self.conv3(out)).flatten(1)

@@ -13,7 +13,7 @@ from instar.evidence import Evidence
 from instar.expression import value
 from instar.schedules import Schedule
 from instar.signals.algebra import Signal
-from instar.signals.losses import check_choice
+from instar.signals.losses import UNLABELLED, check_choice
 
 
 def mean_one(log_weights: Tensor) -> Tensor:
@@ -23,17 +23,21 @@ def mean_one(log_weights: Tensor) -> Tensor:
     B · softmax(l) does not; and no finite logarithm can underflow all weights at once.
 
     Args:
-        log_weights: (B,), at least one above −inf.
+        log_weights: (B,); NaN marks an instance that has no weight of its own, because it has no label.
 
     Returns:
-        (B,), non-negative, mean 1.
+        (B,), non-negative, mean 1 over those that have one, and 1 for the others.
 
     Example:
         >>> mean_one(torch.tensor([-500.0, -500.0, -500.0]))
         tensor([1., 1., 1.])
+        >>> mean_one(torch.tensor([0.0, float("nan"), -float("inf")]))
+        tensor([2., 1., 0.])
     """
-    weights = (log_weights - log_weights.max()).exp()
-    return weights / weights.mean()
+    known = ~log_weights.isnan()
+    logarithms = torch.where(known, log_weights, float("-inf"))
+    weights = (logarithms - logarithms.max()).exp()
+    return torch.where(known, weights / (weights.sum() / known.sum()), 1.0).to(log_weights.dtype)
 
 
 @value
@@ -112,10 +116,11 @@ class GeometryWeight(Signal):
         return relative - F.softplus(argument) if self.shift < 0 else -F.softplus(-argument)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Weights (B,), mean 1 over the global batch, without gradient."""
+        """Weights (B,), mean 1 over the labelled of the global batch and 1 for the others, without gradient."""
         if evidence.kappa is None:
             raise UserError("GeometryWeight needs an attack that counts κ; this Evidence has none")
         logarithm = self.logarithm(evidence.kappa, evidence.budget)
+        logarithm = torch.where(evidence.y == UNLABELLED, float("nan"), logarithm)
         dtype = torch.get_default_dtype() if evidence.adv is None else evidence.adv.dtype
         # Detached by construction: κ counts arg-maxes. The weight is a coefficient, not a term.
         return evidence.batchwide(mean_one, logarithm).to(dtype)
@@ -126,7 +131,7 @@ class RankWeight(Signal):
     """ISEAT's weight: rank of a difficulty within the batch, 1/B for the least and 1 for the most difficult.
 
     w_i = rank_i / B, rank ascending. The mean is (B + 1) / 2B, not 1, as in the official code. Ties are broken by
-    position in the batch.
+    position in the batch. Instances without a label are not ranked and get that mean.
 
     Attributes:
         difficulty: The signal to rank, usually `LossGap`.
@@ -145,10 +150,15 @@ class RankWeight(Signal):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Weights (B,) in (0, 1], without gradient."""
-        return evidence.batchwide(_ranks, self.difficulty(evidence).detach())
+        difficulty = self.difficulty(evidence).detach()
+        return evidence.batchwide(_ranks, torch.where(evidence.y == UNLABELLED, float("nan"), difficulty))
 
 
 def _ranks(values: Tensor) -> Tensor:
+    """Ranks over their number; NaNs are sorted behind all others, and get the mean rank of those."""
     order = values.argsort(stable=True)
-    ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype) / len(values)
-    return torch.empty_like(values).scatter_(0, order, ranks)
+    known = ~values.isnan()
+    count = known.sum()
+    ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype) / count
+    ranked = torch.empty_like(values).scatter_(0, order, ranks)
+    return torch.where(known, ranked, (count + 1) / (2 * count)).to(values.dtype)
