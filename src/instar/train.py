@@ -313,7 +313,9 @@ def _network(model: str | nn.Module | None, settings: Settings, images: Images, 
     channels, height, _ = images.shape
     name = settings.model or ("small_cnn" if height < 32 else "resnet18")
     required = method.requires
-    head = {} if required is None else {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
+    head: dict[str, Any] = {}
+    if required is not None and "/" not in name and ":" not in name:  # Instar's own networks know these
+        head = {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
     return create(
         name,
         classes=len(images.classes),

@@ -52,7 +52,7 @@ class Doubt(Signal):
         return frozenset({"clean"})
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Doubt (B,) in [0, 1]; 1 for an instance without a label."""
+        """Doubt (B,) in [0, 1 + 1e-7]; 1 for an instance without a label."""
         p = F.softmax(evidence.logits("clean"), 1).gather(1, evidence.y.clamp_min(0).unsqueeze(1)).squeeze(1)
         return torch.where(evidence.y != UNLABELLED, 1.0000001 - p, torch.ones_like(p))
 
