@@ -31,7 +31,7 @@ class RandomErasing:
 
     Source:
         Zhong et al. (2020), "Random Erasing Data Augmentation", algorithm 1; defaults of torchvision. Deviations from
-        the paper: black instead of noise and the ranges, as torchvision and IDBH have them.
+        the paper: black instead of noise, the ranges, and an aspect uniform in its logarithm, all as in torchvision.
 
     Example:
         >>> images = torch.ones(2, 1, 8, 8, dtype=torch.uint8)

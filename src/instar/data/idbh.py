@@ -37,8 +37,8 @@ class CropShift:
         UserError: not 0 ≤ low ≤ high; when called, images not larger than `high` on both sides.
 
     Source:
-        Li & Spratling (ICLR 2023), "Data Augmentation Alone Can Improve Adversarial Training", section 4.1.
-        Deviations: none; the authors' code writes the range as [low, high + 1).
+        Li & Spratling (ICLR 2023), "Data Augmentation Alone Can Improve Adversarial Training". Deviations: none;
+        the authors' code writes the range as [low, high + 1).
 
     Example:
         >>> images = torch.ones(2, 3, 32, 32, dtype=torch.uint8)
@@ -132,9 +132,10 @@ class ColorShape:
             nor floating point.
 
     Source:
-        Li & Spratling (ICLR 2023), section 4.2, with the numbers of the authors' code. Deviations: uint8 follows
-        torchvision's tensor operations, the authors' code Pillow's, which differ by one level in 255 where grey
-        values are rounded; the authors' released class draws from ``"color"`` whatever kind it is asked for.
+        Li & Spratling (ICLR 2023), with the numbers of the authors' code. Deviations: uint8 follows torchvision's
+        tensor operations, the authors' code Pillow's; saturation, contrast and autocontrast differ by at most one level
+        in 255, and rotation in 3 of 10,000 pixels, which lie halfway between two. The authors' released class draws
+        from ``"color"`` whatever kind it is asked for.
 
     Example:
         >>> images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)

@@ -27,6 +27,7 @@ from instar.expression import value
 from instar.threat import Ball
 
 VERSIONS = ("standard",)
+STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 FLAGS = {
     "randomized": "randomised",
     "probability distribution": "probabilities",
@@ -82,9 +83,10 @@ class AutoAttack:
         version: ``"standard"``.
         steps: Steps of each gradient attack; 100 is the standard.
         queries: Queries of Square; 5000 is the standard.
+        stages: Names of the stages that are run, in the order of the standard; all of them is the standard.
 
     Raises:
-        UserError: Another version, or a budget that is too small to run.
+        UserError: Another version, an unknown stage, or a budget that is too small to run.
 
     Example:
         >>> from instar.threat import Linf
@@ -101,11 +103,14 @@ class AutoAttack:
     version: str = "standard"
     steps: int = 100
     queries: int = 5000
+    stages: tuple[str, ...] = STAGES
 
     def __post_init__(self) -> None:
         """Check version and budget."""
         if self.version not in VERSIONS:
             raise unknown("version of AutoAttack", self.version, VERSIONS)
+        if not self.stages or not set(self.stages) <= set(STAGES):
+            raise UserError(f"stages of AutoAttack must be some of {', '.join(STAGES)}; got {self.stages!r}")
         # The L1 schedule divides the steps into 30, 30 and 40 %; fewer than five leave its last part empty.
         if self.steps < 5 or self.queries < 1:
             raise UserError(
@@ -115,6 +120,10 @@ class AutoAttack:
     @property
     def is_reference(self) -> bool:
         """Whether its budget is the published one, so that the number may be called AutoAttack's."""
+        return self._published_budget and set(self.stages) == set(STAGES)
+
+    @property
+    def _published_budget(self) -> bool:
         return self.steps == 100 and self.queries == 5000
 
     def plan(self, classes: int) -> tuple[Stage, ...]:
@@ -126,6 +135,10 @@ class AutoAttack:
         Returns:
             The stages in order.
         """
+        return tuple(stage for stage in self._ensemble(classes) if stage.name in self.stages)
+
+    def _ensemble(self, classes: int) -> tuple[Stage, Stage, Stage, Stage]:
+        """All stages, whether they are run or not."""
         many = self.ball.norm == "L1"
         targets = min(TARGETS, classes - 1)
         return (
@@ -182,7 +195,7 @@ class AutoAttack:
             )
         with _alone(subject.device), _warnings_into(state.flags), torch.no_grad():
             model = subject.model
-            reference = self._reference(model, plan, seed=seed, device=subject.device)
+            reference = self._reference(model, subject.classes, seed=seed, device=subject.device)
             if state.stage == 0 and state.position == 0:
                 _check(model, shard, batch_size)
             while state.stage < len(plan):
@@ -221,13 +234,13 @@ class AutoAttack:
             state.stage, state.position = state.stage + 1, 0
         state.seconds += time.perf_counter() - begun
 
-    def _reference(self, model: nn.Module, plan: tuple[Stage, ...], *, seed: int, device: torch.device) -> Any:
-        """The reference's object for this plan."""
+    def _reference(self, model: nn.Module, classes: int, *, seed: int, device: torch.device) -> Any:
+        """The reference's object for this ensemble."""
         made = pyautoattack.AutoAttack(
             model, norm=self.ball.norm, eps=self.ball.radius, version=self.version, seed=seed, device=device
         )
-        _, targeted, fab, _ = plan
-        if not self.is_reference:
+        _, targeted, fab, _ = self._ensemble(classes)
+        if not self._published_budget:
             for attack in (made.apgd, made.apgd_targeted):
                 # The reference derives these from the number of steps in its constructor, where it is always 100.
                 attack.n_iter = attack.n_iter_orig = self.steps

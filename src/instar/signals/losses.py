@@ -74,7 +74,9 @@ class CrossEntropy(Signal):
             )
         target = evidence.target.to(logits.dtype)
         if self.smoothing:
-            target = (1 - self.smoothing) * target + self.smoothing / logits.shape[1]
+            # Rows of zeros, of instances without a label, stay zero.
+            share = target.sum(1, keepdim=True) / logits.shape[1]
+            target = (1 - self.smoothing) * target + self.smoothing * share
         return -(target * F.log_softmax(logits, 1)).sum(1)
 
 
