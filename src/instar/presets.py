@@ -351,7 +351,7 @@ _MNIST_RUN = _sgd(
     augment="none",
     selection=6000,
 )
-_MNIST_METHODS = {
+_MNIST_METHODS: dict[str, dict[str, Any]] = {
     "pgd_at": {},
     "trades": {"beta": 20.0},
     # The bound at epoch 0 is the largest one, as c_max (1 − e / 30): the first decrement belongs to epoch 1.
@@ -359,13 +359,10 @@ _MNIST_METHODS = {
     "h_sat": {"bound": Steps(0.2, ((30, 7 / 15), (45, 11 / 15), (60, 1.0))), "estimator": "last_layer"},
     "p_sat": {"bound": Steps(0.0, ((30, 1 / 3), (45, 2 / 3), (60, 1.0))), "by": "stop", "strict": False},
 }
-_TRADES_MEAN = (
-    "The code divides the KL by batch and classes, so that its β of {theirs} is {ours} here; the value is that of an "
-    "early configuration."
-)
+_TRADES_MEAN = "The code divides the KL by batch and classes, so that its β of {theirs} is {ours} here."
 _MNIST_NOTES = {
     "pgd_at": "",
-    "trades": _TRADES_MEAN.format(theirs=200, ours=20),
+    "trades": f"{_TRADES_MEAN.format(theirs=200, ours=20)} The value is that of an early configuration.",
     "dynamic_at": "",
     "h_sat": _RECONSTRUCTED,
     "p_sat": "",
@@ -389,7 +386,7 @@ _MNIST_TABLE = {
 
 _IMAGENETTE_SOURCE = f"{_SAT}; numbers of the authors' AISec 2021 slides"
 _IMAGENETTE_RUN = _sgd("imagenette", RN, epochs=100, lr=0.05, drops=_SAT_DROPS, size=64)
-_IMAGENETTE_METHODS = {
+_IMAGENETTE_METHODS: dict[str, dict[str, Any]] = {
     "pgd_at": {},
     "trades": {"beta": 1.5},
     "dynamic_at": {"bound": Ramp(0.5, 0.0, 1 / 100, 81)},

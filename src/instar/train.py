@@ -240,6 +240,8 @@ def train(
         raise UserError(f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}")
     extra = ExtraImages.open(chosen.extra, info=info, note=note) if chosen.extra else None
     described = _describe(recipe, method, chosen, network, images, selection, device, precision)
+    if extra is not None:
+        described["data"]["extra"] = {"images": len(extra), "labels": extra.digest()}
     fingerprint = _fingerprint(described)
     folder = Path(out)
     _prepare_folder(folder, described, fingerprint, resume=resume)
@@ -400,7 +402,7 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": answers[0], "clean": not answers[1]}
 
 
-_IRRELEVANT = ("root", "save_every", "device")
+_IRRELEVANT = ("root", "save_every", "device", "extra")  # of an extra file the contents count
 
 
 def _fingerprint(described: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def test_the_standard_budget_is_the_one_of_the_reference(
     net, _, _ = make_task(10)
     for ball in (Linf(0.02), L2(0.1), L1(0.8)):
         attack = AutoAttack(ball)
-        ours = attack._reference(net, attack.plan(10), seed=3, device=CPU)
+        ours = attack._reference(net, 10, seed=3, device=CPU)
         theirs = pyautoattack.AutoAttack(net, norm=ball.norm, eps=ball.radius, seed=3, device=CPU)
         assert ours.attacks_to_run == theirs.attacks_to_run == [stage.name for stage in attack.plan(10)]
         changed = {"seed", "targeted", "loss", "logger", "model", "predict"}  # set before each attack in its own loop
@@ -146,8 +146,7 @@ def test_the_targeted_margin_below_four_classes_breaks_what_can_be_broken(classe
     expected = lead.amin(1) > 0
     targeted = AutoAttack(Linf(eps), steps=30, queries=1)
     with examined(net, x, device=CPU) as subject:
-        plan = targeted.plan(classes)
-        reference = targeted._reference(subject.model, plan, seed=0, device=CPU)
+        reference = targeted._reference(subject.model, subject.classes, seed=0, device=CPU)
         with torch.random.fork_rng():
             found = reference.apgd_targeted.perturb(x, y)
     assert (net(found).argmax(1) == y).tolist() == expected.tolist()
@@ -241,3 +240,25 @@ def test_images_too_small_for_the_reference_are_one_line() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     with pytest.raises(UserError, match="at least 5×5 pixels; got 4×4"):
         run(AutoAttack(L2(0.1)), net, torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_part_of_the_ensemble_runs_those_stages_only_and_agrees_with_the_whole_one(
+    make_task: Callable[..., tuple[nn.Module, Tensor, Tensor]],
+) -> None:
+    whole = AutoAttack(Linf(0.02), steps=5, queries=20)
+    part = AutoAttack(Linf(0.02), steps=5, queries=20, stages=("apgd-ce", "apgd-t"))
+    assert [stage.name for stage in part.plan(10)] == ["apgd-ce", "apgd-t"]
+    assert AutoAttack(Linf(0.02)).is_reference
+    assert not AutoAttack(Linf(0.02), stages=("apgd-ce", "apgd-t")).is_reference
+    net, x, y = make_task(10)
+    first, both = run(part, net, x, y), run(whole, net, x, y)
+    assert first.stages == ("apgd-ce", "apgd-t")
+    early = (both.broken_by == 0) | (both.broken_by == 1)
+    assert ((first.broken_by >= 0) == early).all()
+    assert (first.broken_by[early] == both.broken_by[early]).all()
+
+
+@pytest.mark.parametrize("stages", [(), ("apgd-ce", "pgd")])
+def test_unknown_stages_get_one_line(stages: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="stages of AutoAttack must be some of apgd-ce, apgd-t, fab-t, square"):
+        AutoAttack(Linf(0.02), stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from instar.config import Settings, build_method, find_recipe, read_value, writt
 from instar.data import info
 from instar.errors import UserError
 from instar.methods import RECIPES, Recipe
+from instar.presets import Preset, apply, changes_of, preset
 from instar.runs import read_run
 from instar.train import Interrupted, Result, resume, train
 
@@ -44,15 +46,22 @@ def run(words: Sequence[str]) -> int:
     if name is None and not {"-h", "--help"} & set(words):
         raise UserError(WHICH)
     recipe = find_recipe(name) if name else None
-    given = parse(_parser(recipe), words)
+    published = _preset(name, words)
+    given = parse(_parser(recipe, published), words)
     fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
-    settings = Settings(**fields)
     arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
     changes = dict(_change(text) for text in given.set)
+    if published is not None:
+        usual = _defaults() | dict(published.settings)
+        chosen = {key: item for key, item in fields.items() if item != usual[key]}
+        arguments, of_preset = apply(published, arguments, chosen)
+        fields |= of_preset
+        changes = changes_of(published, chosen) | changes
+    settings = Settings(**fields)
     if recipe is None or name is None:
         raise UserError(WHICH)
     if given.print_config:
-        print(_yaml(name, recipe, settings, arguments, given), end="")
+        print(_yaml(name, recipe, settings, arguments, changes, given.out), end="")
         return 0
     out = given.out or _default_out(name, settings)
     with display(epochs=settings.epochs, stream=sys.stdout) as show:
@@ -113,28 +122,43 @@ def _named(recipe: Recipe, name: str) -> Recipe:
 
 def _recipe_name(words: Sequence[str]) -> str | None:
     """The recipe, from the flag or from the YAML file: it decides which flags there are."""
+    return _said_early("recipe", words)
+
+
+def _preset(recipe: str | None, words: Sequence[str]) -> Preset | None:
+    """The preset, from the flag or from the YAML file: it decides what the other flags are by default."""
+    name = _said_early("preset", words)
+    return None if name is None or recipe is None else preset(recipe, name)
+
+
+def _defaults() -> dict[str, Any]:
+    return {entry.name: entry.default for entry in dataclasses.fields(Settings)}
+
+
+def _said_early(what: str, words: Sequence[str]) -> str | None:
+    """A setting that must be known before the words can be parsed."""
     found: str | None = None
     for position, word in enumerate(words):
         flag, equals, rest = word.partition("=")
         following = rest if equals else (words[position + 1] if position + 1 < len(words) else "")
         if flag == "--config" and found is None:
-            found = _from_yaml(Path(following))
-        if flag == "--recipe":
+            found = _from_yaml(what, Path(following))
+        if flag == f"--{what}":
             return following
     return found
 
 
-def _from_yaml(path: Path) -> str | None:
+def _from_yaml(what: str, path: Path) -> str | None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"the configuration {path} must be a mapping of names to values")
-    return content.get("recipe")
+    return content.get(what)
 
 
-def _parser(recipe: Recipe | None) -> ArgumentParser:
+def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentParser:
     made = parser("train", DESCRIPTION)
     made.add_argument("--config", action="config", help="YAML file with any of these settings")
     made.add_argument("--recipe", type=str, help="the recipe, if it is not the first word")
@@ -143,7 +167,11 @@ def _parser(recipe: Recipe | None) -> ArgumentParser:
     made.add_argument("--preset", type=str, default=None, help="a published setting; instar explain RECIPE lists them")
     made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
     made.add_argument("--print_config", action="store_true", help="print the configuration as YAML and stop")
-    made.add_class_arguments(Settings)
+    made.add_class_arguments(Settings, skip={"drops"})
+    drops = "of the piecewise schedule: ((0.5, 0.1), (0.75, 0.01)) is a tenth from half of the run on, then a hundredth"
+    made.add_argument("--drops", type=expression, default=_defaults()["drops"], help=drops)
+    if published is not None:
+        made.set_defaults(dict(published.settings))
     if recipe is not None:
         group = made.add_argument_group(f"{recipe.__name__} (what is not given is the data set's or recipe's default)")
         for key, parameter in inspect.signature(recipe).parameters.items():
@@ -163,16 +191,22 @@ def _default_out(name: str, settings: Settings) -> str:
     return str(Path("runs") / f"{last}-{Path(settings.data).name}-seed{settings.seed}")
 
 
-def _yaml(name: str, recipe: Recipe, settings: Settings, arguments: dict[str, Any], given: Any) -> str:
+def _yaml(
+    name: str,
+    recipe: Recipe,
+    settings: Settings,
+    arguments: dict[str, Any],
+    changes: dict[str, Any],
+    out: str | None,
+) -> str:
     """The whole configuration; reading it back gives the same run."""
     known = info(settings.data, settings.root)
-    changes = dict(_change(text) for text in given.set)
     method = build_method(recipe, arguments, info=known, settings=settings, changes=changes)
     content: dict[str, Any] = {"recipe": name}
     content |= {key: written(item) for key, item in arguments.items() if item is not None}
     content |= {key: written(getattr(settings, key)) for key in inspect.signature(Settings).parameters}
-    if given.set:
-        content["set"] = list(given.set)
-    if given.out:
-        content["out"] = given.out
+    if changes:
+        content["set"] = [f"{path}={written(item)}" for path, item in changes.items()]
+    if out:
+        content["out"] = out
     return f"# {method!r}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -49,14 +49,27 @@ class Finding:
     source: str
 
 
-def judge(value: float, *, normal: float, suspect: float) -> str:
+def judge(value: float, *, normal: float, suspect: float, error: float = 0.0) -> str:
     """``"normal"`` up to `normal`, ``"suspect"`` above `suspect`, ``"high"`` between.
+
+    A sample that could as well come from a sound model is not suspect: for that the lower end of its 95 % interval must
+    be above `normal` too.
+
+    Args:
+        value: The figure.
+        normal: Largest value that sound models show.
+        suspect: Value above which it is suspect.
+        error: Its standard error.
 
     Example:
         >>> judge(0.04, normal=0.045, suspect=0.06), judge(0.17, normal=0.045, suspect=0.06)
         ('normal', 'suspect')
+        >>> judge(0.07, normal=0.045, suspect=0.06, error=0.018)
+        'high'
     """
-    return SUSPECT if value > suspect else HIGH if value > normal else NORMAL
+    if value > suspect and value - 1.96 * error > normal:
+        return SUSPECT
+    return HIGH if value > normal else NORMAL
 
 
 def findings(entries: tuple[Entry, ...], outcomes: Mapping[str, Outcome]) -> tuple[Finding, ...]:
@@ -108,7 +121,7 @@ def _points(value: float, error: float | None = None) -> str:
 
 def _gap(weak: Entry, strong: Entry, outcomes: Mapping[str, Outcome]) -> Finding:
     pair = mcnemar(outcomes[weak.name].robust, outcomes[strong.name].robust)
-    verdict = judge(pair.difference, normal=GAP_NORMAL, suspect=GAP_SUSPECT)
+    verdict = judge(pair.difference, normal=GAP_NORMAL, suspect=GAP_SUSPECT, error=pair.error)
     meaning = {
         NORMAL: "as usual for PGD-AT and TRADES",
         HIGH: "more than the 3 to 4.5 that are usual for PGD-AT and TRADES on CIFAR-10",
@@ -121,7 +134,7 @@ def _gap(weak: Entry, strong: Entry, outcomes: Mapping[str, Outcome]) -> Finding
 
 def _margin(weak: Entry, strong: Entry, outcomes: Mapping[str, Outcome]) -> Finding:
     pair = mcnemar(outcomes[weak.name].robust, outcomes[strong.name].robust)
-    verdict = judge(pair.difference, normal=MARGIN_NORMAL, suspect=MARGIN_SUSPECT)
+    verdict = judge(pair.difference, normal=MARGIN_NORMAL, suspect=MARGIN_SUSPECT, error=pair.error)
     meaning = {
         NORMAL: "the two losses agree",
         HIGH: "a margin loss finds more than usual",
