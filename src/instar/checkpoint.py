@@ -110,18 +110,17 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     if numbers["fingerprint"] != fingerprint:
         raise UserError(f"the checkpoint {path} belongs to a run with another configuration; start into a new folder")
     optimizer = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
-    state.table.shared.clear()
-    device = state.table.columns["seen"].device
-    for name, t in tensors.items():
-        if name.startswith("shared."):  # in place, for the table's dictionary is what the run hands out
-            state.table.shared[name.removeprefix("shared.")] = t.to(device)
-    rest = {name: t for name, t in tensors.items() if name not in optimizer}
-    current = {name: t for name, t in _tensors(state).items() if not name.startswith("optimizer.")}
+    shared = {name: t for name, t in tensors.items() if name.startswith("shared.")}
+    rest = {name: t for name, t in tensors.items() if name not in optimizer and name not in shared}
+    current = {name: t for name, t in _tensors(state).items() if not name.startswith(("optimizer.", "shared."))}
     if set(rest) != set(current) or any(rest[name].shape != current[name].shape for name in current):
         raise UserError(f"the checkpoint {path} holds another architecture or training set than this run")
     with torch.no_grad():
         for name, t in rest.items():
             current[name].copy_(t)
+    device = state.table.columns["seen"].device
+    state.table.shared.clear()  # and filled in place: the table's dictionary is what the run hands out
+    state.table.shared.update({name.removeprefix("shared."): t.to(device) for name, t in shared.items()})
     parameters = dict(state.model.named_parameters())
     for name, t in optimizer.items():
         _, key, owner = name.split(".", 2)

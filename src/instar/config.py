@@ -34,6 +34,8 @@ class Settings:
         size: Height and width for pictures that are decoded on the fly; None means the data set's usual size.
         model: Name of a network; None takes ``small_cnn`` for images below 32 pixels, else ``resnet18``.
         width: Channels of the network's first stage; None is the published width.
+        stem: First layer of a ResNet: ``cifar`` (3×3), ``imagenet`` (7×7 with stride 2, then pooling), or ``auto``
+            (``imagenet`` from 96 pixels on).
         init: Weights to begin from (``.safetensors`` or a foreign checkpoint); None begins from random weights.
         epochs: Passes over the training split.
         batch_size: Instances in a step.
@@ -74,6 +76,7 @@ class Settings:
     size: int | None = None
     model: str | None = None
     width: int | None = None
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
     init: str | None = None
     epochs: int = 30
     batch_size: int = 128

@@ -36,7 +36,7 @@ Parameters = Mapping[str, Tensor]
 _NEWTON_STEPS = 8
 
 # What the Jacobians of one chunk may take by default. An accelerator gains from large chunks, a processor does not.
-_BYTES_ON_CPU = 2**28
+_BYTES_ON_CPU = 2**26
 _BYTES_ON_ACCELERATOR = 2**31
 
 
@@ -133,7 +133,7 @@ def gauss_newton_curvature(
             raises torch's error about in-place updates.
         parameters: The parameters that count, by name; float32 or float64. The model's others stay as they are.
         x: Images (B, ...), in the type of the parameters.
-        chunk: Instances at once, at least 1. None lets the Jacobians of a chunk take 256 MiB on the CPU, 2 GiB on
+        chunk: Instances at once, at least 1. None lets the Jacobians of a chunk take 64 MiB on the CPU, 2 GiB on
             an accelerator (but at least one instance: 4 K P bytes in float32), and the peak stays within a few times
             that. It changes the result only by rounding.
 

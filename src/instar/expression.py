@@ -121,15 +121,18 @@ def known() -> dict[str, type]:
 
 
 def number(x: float) -> str:
-    """A number as people in this field write it: multiples of half a pixel level as such, others in full.
+    """A number as people in this field write it: thirds and the like, and multiples of half a pixel level, as such.
 
     Example:
-        >>> number(8 / 255), number(0.1), number(float("inf"))
-        ('8/255', '0.1', 'inf')
+        >>> number(8 / 255), number(0.1), number(float("inf")), number(1 / 3)
+        ('8/255', '0.1', 'inf', '1/3')
     """
     written = repr(x)
     # 0.1 and 0.2 are multiples of 1/510 too: only what has no short decimal is a fraction to a reader.
     if isinstance(x, float) and abs(x) <= 4 and len(written) > 8:
+        for below in (3, 6, 7, 9, 11, 12, 13):  # shares of a run; none of them is a usual number of pixel levels
+            if x and round(x * below) / below == x:
+                return f"{round(x * below)}/{below}"
         halves = round(x * 510)
         if halves / 2 / 255 == x:
             return f"{halves // 2 if halves % 2 == 0 else halves / 2}/255"

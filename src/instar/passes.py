@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from instar.evidence import Batch
 from instar.method import Method
+from instar.models.heads import Cosine
 from instar.step import training_loss, training_step
 
 
@@ -20,40 +22,59 @@ class Passes:
         forward: Forward passes.
         backward_input: Backward passes that compute gradients of the input only (the attack's).
         backward_full: Backward passes that compute gradients of the weights.
+        double_backward: Backward passes to the weights through a gradient of the input, and through the forward pass
+            that it came from.
     """
 
     forward: int
     backward_input: int
     backward_full: int
+    double_backward: int = 0
 
     @property
     def units(self) -> int:
-        """Cost in forward passes, where an input-only backward counts 1 and a full one 2."""
-        return self.forward + self.backward_input + 2 * self.backward_full
+        """Cost in forward passes, where an input-only backward counts 1, a full one 2, and a double one 4."""
+        return self.forward + self.backward_input + 2 * self.backward_full + 4 * self.double_backward
 
 
 class _Counter(nn.Module):
     """A network of one layer that counts how often it is passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.head = nn.Linear(4, 3)
-        self.sharing = False
-        self.forwards = self.to_input = self.to_weights = 0
+        self.head = head
+        self.forwards = self.to_input = self.to_weights = self.through = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
-        logits: Tensor = self.head(x.flatten(1))
+        features, weight = x.flatten(1) * 1.0, self.head.weight * 1.0
+        logits: Tensor = functional_call(self.head, {"weight": weight}, (features,))
         if logits.requires_grad:
-            # A pass whose input needs a gradient while weights do too (Free-AT) is a full one.
-            logits.register_hook(self._input if x.requires_grad and not self.sharing else self._weights)
+            self._watch(features, weight)
         return logits
 
-    def _input(self, gradient: Tensor) -> None:
-        self.to_input += 1
+    def _watch(self, features: Tensor, weight: Tensor) -> None:
+        """Count the backward passes of one forward pass by how far they go."""
+        seen = {"input": False, "bent": False, "weights": False}
 
-    def _weights(self, gradient: Tensor) -> None:
-        self.to_weights += 1
+        def at_input(gradient: Tensor) -> None:
+            if seen["weights"] or seen["bent"]:
+                return  # the same pass goes to the weights, or goes through an input gradient that was counted
+            seen.update(input=True, bent=gradient.requires_grad)  # bent: somebody will differentiate through it
+            self.to_input += 1
+
+        def at_weights(_: Tensor) -> None:
+            seen["weights"] = True
+            if seen["bent"]:
+                self.through += 1
+                return
+            self.to_weights += 1
+            self.to_input -= seen["input"]  # one pass to both, as in Free-AT
+
+        if features.requires_grad:
+            features.register_hook(at_input)
+        if weight.requires_grad:
+            weight.register_hook(at_weights)
 
 
 def passes(method: Method) -> Passes:
@@ -69,19 +90,19 @@ def passes(method: Method) -> Passes:
     Example:
         >>> from instar.methods import pgd_at, trades
         >>> passes(pgd_at()), passes(pgd_at()).units
-        (Passes(forward=11, backward_input=10, backward_full=1), 23)
+        (Passes(forward=11, backward_input=10, backward_full=1, double_backward=0), 23)
         >>> passes(trades()).units
         27
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _Counter()
+        head = nn.Linear(4, 3) if method.requires is None else Cosine(4, 3, scale=method.requires.scale)
+        model = _Counter(head)
         batch = Batch(torch.rand(8, 1, 2, 2), torch.arange(8) % 3)
         if method.step is not None:
-            model.sharing = True
             training_step(model, method, batch, torch.optim.SGD(model.parameters(), lr=0.0))
         else:
             loss = training_loss(model, method, batch).loss
             if loss.requires_grad:
                 loss.mean().backward()
-    return Passes(model.forwards, model.to_input, model.to_weights)
+    return Passes(model.forwards, model.to_input, model.to_weights, model.through)

@@ -48,15 +48,20 @@ class Progress:
 
 
 def lowest(number: float | Schedule) -> float:
-    """The smallest value that a number or schedule takes in a run, looked at in a run of 200 epochs.
+    """The smallest value that a number or schedule takes in a run, looked at in a run of 1,000 epochs.
+
+    Raises:
+        UserError: It is neither.
 
     Example:
         >>> lowest(Ramp(-2, 0.4)), lowest(3)
-        (-1.988, 3)
+        (-1.9976, 3)
     """
-    if not isinstance(number, Schedule):
-        return number
-    return min(number(Progress(epoch, 200)) for epoch in range(201))
+    if isinstance(number, Schedule):
+        return min(number(Progress(epoch, 1000)) for epoch in range(1001))
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        raise UserError(f"expected a number or a schedule such as Ramp(0, 0.4); got {number!r}")
+    return number
 
 
 class Schedule(abc.ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ def training_loss(
         >>> loss.mean().backward()
     """
     method = method.at(END if progress is None else progress)
+    if method.requires is not None and (lacking := method.requires.lacking(model, look_at_scale=False)):
+        raise UserError(f"this method needs a model with a cosine head: {lacking}")
     if adversary is None:
         # A stand-in has no weights to differentiate and no head to listen at.
         if attacked is None or method.attack.needs & {"features", "params"}:
@@ -87,7 +89,8 @@ def training_loss(
             ascended = method.perturbation.objective or method.loss
 
             def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
-                seen = _gather(model, method, ascended.needs, batch, adversary, weights=parameters, updates_bn=())
+                options: dict[str, Any] = {"weights": parameters, "generator": generator}
+                seen = _gather(model, method, ascended.needs, batch, adversary, **options)
                 return ascended(seen).mean()
 
             offsets = method.perturbation(_trainable(model), loss_of)

@@ -315,9 +315,11 @@ def _network(model: str | nn.Module | None, settings: Settings, images: Images, 
     channels, height, _ = images.shape
     name = settings.model or ("small_cnn" if height < 32 else "resnet18")
     required = method.requires
-    head: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if required is not None and "/" not in name and ":" not in name:  # Instar's own networks know these
-        head = {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
+        more = {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
+    if settings.stem != "auto":
+        more["stem"] = settings.stem
     return create(
         name,
         classes=len(images.classes),
@@ -327,7 +329,7 @@ def _network(model: str | nn.Module | None, settings: Settings, images: Images, 
         mean=images.info.mean,
         std=images.info.std,
         seed=key(settings.seed, purpose="weights"),
-        **head,
+        **more,
     )
 
 
@@ -446,7 +448,8 @@ def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
     for group in ("training", "data", "model"):
         before, now = stored.get(group) or {}, described[group]
         for name in now:
-            if before.get(name) != now[name] and name not in (*_IRRELEVANT, "path"):
+            irrelevant = _IRRELEVANT if group == "training" else ("path",)
+            if before.get(name) != now[name] and name not in irrelevant:
                 return f"its {group} setting {name} is {before.get(name)!r}, not {now[name]!r}"
     return "its configuration differs"
 

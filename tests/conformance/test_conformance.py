@@ -105,7 +105,7 @@ def _random_method(draw: random.Random) -> I.Method:
         start=draw.choice([I.Uniform(), I.Gaussian(0.001)]),
         mode=draw.choice(["eval", "train", "batch"]),
         stop=stop,
-        overshoot=stop is None or draw.random() < 0.5,
+        overshoot=stop is None or isinstance(stop, I.Patience) or draw.random() < 0.5,
     )
     return I.Method(
         attack,
@@ -175,7 +175,7 @@ def _short(method: I.Method) -> I.Method:
 
 def _changed(method: I.Method, **attack: object) -> I.Method:
     """The method with fields of its attacks replaced, those that they have."""
-    return replace(method, attack=_changed_attack(method.attack, attack))
+    return replace(method, attack=_changed_attack(method.attack, attack), step=None)
 
 
 def _changed_attack(attack: Attack, new: dict[str, object]) -> Attack:
@@ -282,7 +282,8 @@ def the_declared_training_forwards_and_no_others_update_the_statistics(method: I
     for names in itertools.chain.from_iterable(itertools.combinations(FORWARDS, r) for r in range(4)):
         model = _model(method)
         reference = copy.deepcopy(model)
-        evidence = I.training_loss(model, replace(method, updates_bn=names), batch, adversary=found).evidence
+        declared = replace(method, updates_bn=names, step=None)
+        evidence = I.training_loss(model, declared, batch, adversary=found).evidence
         weights = {name: p.detach() for name, p in reference.named_parameters()}
         moved = {name: p + evidence.offsets.get(name, 0) for name, p in weights.items()}
         for name in FORWARDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class PGD(Attack):
                 f"step_size of PGD in Linf must be at most 1 because inputs lie in [0, 1]; got {self.step_size:g}. "
                 f"Did you mean {self.step_size:g}/255?"
             )
+        if not self.overshoot and self.stop is not None and "kappa" in self.stop.needs:
+            raise UserError(f"{self.stop!r} counts iterates, so that no step can be taken back: overshoot must be True")
         for name, signal, known in (("objective", self.objective, _FOR_OBJECTIVE), ("stop", self.stop, _FOR_STOP)):
             if signal is not None and (lacking := signal.needs - known):
                 raise UserError(
@@ -185,18 +187,19 @@ class PGD(Attack):
         if not due:
             return
         state = torch.get_rng_state() if generator is None else generator.get_state()
-        found = replace(self, stop=None)(model, batch, generator=generator)
+        watch = _Watching(tuple(due))
+        found = replace(self, stop=watch, overshoot=True)(model, batch, generator=generator)
         if generator is None:
             torch.set_rng_state(state)
         else:
             generator.set_state(state)
-        needs = self.objective.needs | stop.needs
         with forward_mode(model, self.mode), torch.no_grad():
-            clean = full(model(batch.x)) if "clean" in needs else None
-            look = _Looking(self, model, batch, clean, needs, logit_scale(model))
+            clean = full(model(batch.x)) if "clean" in self.needs else None
+            look = _Looking(self, model, batch, clean, self.needs, logit_scale(model))
             seen, _ = look(found.x, found.kappa, found.inspected)
-            for signal in due:
-                signal.refer(seen)
+            watch(seen)
+        for signal in due:
+            signal.refer(watch.measured[signal], batch.shared)
 
 
 def _rows(mask: Tensor) -> Tensor:
@@ -209,6 +212,25 @@ def _within(signal: Signal) -> Iterator[Signal]:
     yield signal
     for part in signal.parts:
         yield from _within(part)
+
+
+@dataclass(frozen=True, eq=False)
+class _Watching(Signal):
+    """A stop rule that never stops, and keeps what difficulties measure at every iterate."""
+
+    rules: tuple[Referenced, ...]
+    measured: dict[Referenced, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the difficulties read."""
+        return frozenset[str]().union(*(rule.needs for rule in self.rules))
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """False everywhere (B,)."""
+        for rule in self.rules:
+            self.measured.setdefault(rule, []).append(rule.measure(evidence))
+        return torch.zeros_like(evidence.y, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

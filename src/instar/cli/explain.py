@@ -70,7 +70,8 @@ def explanation(name: str) -> str:
 def sections(docstring: str) -> dict[str, str]:
     r"""The parts of a docstring by their headings, without them; what stands under none is ``""``.
 
-    A heading is one of `HEADINGS` at the beginning of a line, with a colon; its part goes on as long as lines are indented.
+    A heading is one of `HEADINGS` and a colon at the beginning of a line; its part goes on as long as lines are
+    indented.
 
     Example:
         >>> sections("What it is.\n\nEquation:\n    a = b\n\nIn the limit.\n\nSource: A paper,\n    page 3.")
@@ -109,7 +110,7 @@ def described(preset: Preset) -> list[tuple[str, str]]:
     pairs = [
         ("published", preset.published or "no number known"),
         ("source", preset.source),
-        ("unknown", preset.unknown),
+        ("unknown or different", preset.unknown),
         ("give", "; ".join(f"--{name}, {what}" for name, what in preset.needs.items())),
     ]
     return [(heading, text) for heading, text in pairs if text]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from instar.attacks import PGD
+from instar.errors import UserError
 from instar.method import Method
-from instar.schedules import Schedule
+from instar.schedules import Schedule, lowest
 from instar.signals import CrossEntropy, LogitShift
 from instar.threat import ball
 
@@ -35,7 +36,7 @@ def alp(
         The method. With λ = c = 0 it is PGD-AT; it is ISEAT with uniform weights and without weight perturbation.
 
     Raises:
-        UserError: An impossible radius, step or norm.
+        UserError: A negative weight, or an impossible radius, step or norm.
 
     Example:
         >>> alp().loss
@@ -46,6 +47,8 @@ def alp(
     Known criticism: its ImageNet model was broken by attacks with more steps (Engstrom et al. 2018): judge it by
         AutoAttack.
     """
+    if not min(lowest(pairing), lowest(clean)) >= 0:
+        raise UserError(f"pairing and clean of ALP must be at least 0; got {pairing} and {clean}")
     attack = PGD(ball(norm, eps), steps=steps, step_size=step_size)
     loss = CrossEntropy() + pairing * LogitShift("clean")
     return Method(attack, loss + clean * CrossEntropy("clean") if clean else loss)

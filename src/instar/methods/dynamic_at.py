@@ -35,7 +35,8 @@ class StationarityGap(Signal):
         if gradient is None or evidence.ball is None or evidence.x_adv is None:
             raise UserError("StationarityGap is a measure for stop rules of attacks in a ball")
         done = ((evidence.x_adv - evidence.x) * gradient).flatten(1).sum(1)
-        return evidence.ball.support(gradient) - done
+        # Never negative inside the ball but by rounding, by which a bound of 0 would stop what it must not.
+        return (evidence.ball.support(gradient) - done).clamp_min(0)
 
 
 def dynamic_at(

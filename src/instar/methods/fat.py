@@ -53,7 +53,7 @@ def fat(
 
 def fat_trades(
     *,
-    patience: float | Schedule = Steps(0, ((30 / 120, 1), (50 / 120, 2), (70 / 120, 3))),
+    patience: float | Schedule = Steps(0, ((30 / 85, 1), (50 / 85, 2), (70 / 85, 3))),
     beta: float | Schedule = 6.0,
     eps: float | Schedule = 8 / 255,
     step_size: float | Schedule = 2 / 255,
@@ -67,7 +67,7 @@ def fat_trades(
         x′_i = the iterate of PGD on that KL, τ steps after the first misclassified one
 
     Args:
-        patience: τ; 0, then 1, 2 and 3 from epochs 30, 50 and 70, here as shares of 120 epochs.
+        patience: τ; 0, then 1, 2 and 3 from epochs 30, 50 and 70 of 85 on.
         beta: β of TRADES.
         eps: Radius in the unit of inputs in [0, 1]; the official code uses 0.031.
         step_size: Step of the attack; the official code uses 0.007.
@@ -84,7 +84,7 @@ def fat_trades(
         >>> fat_trades(patience=1).attack.stop
         Patience(1)
 
-    Source: Zhang et al. 2020; official code for the schedule. How long its run was is not known to us.
+    Source: Zhang et al. 2020; official code for the schedule.
     Deviations: as `fat` and `trades`.
     """
     base = trades(beta=beta, eps=eps, step_size=step_size, steps=steps, norm=norm)
@@ -93,7 +93,7 @@ def fat_trades(
 
 def fat_mart(
     *,
-    patience: float | Schedule = Steps(0, ((20 / 120, 1), (40 / 120, 2), (60 / 120, 3), (80 / 120, 4))),
+    patience: float | Schedule = Steps(0, ((20 / 85, 1), (40 / 85, 2), (60 / 85, 3), (80 / 85, 4))),
     beta: float | Schedule = 6.0,
     eps: float | Schedule = 8 / 255,
     step_size: float | Schedule = 2 / 255,
@@ -106,7 +106,7 @@ def fat_mart(
         the loss of MART,   x′_i = the PGD iterate τ steps after the first misclassified one
 
     Args:
-        patience: τ; one more every 20 epochs up to 4, here as shares of 120 epochs.
+        patience: τ; one more every 20 of 85 epochs, up to 4.
         beta: β of MART.
         eps: Radius in the unit of inputs in [0, 1]; the official code uses 0.031.
         step_size: Step of the attack; the official code uses 0.007.
@@ -123,7 +123,7 @@ def fat_mart(
         >>> fat_mart(patience=1).attack.stop
         Patience(1)
 
-    Source: Zhang et al. 2020; official code for the schedule. How long its run was is not known to us.
+    Source: Zhang et al. 2020; official code for the schedule.
     Deviations: as `fat` and `mart`.
     """
     base = mart(beta=beta, eps=eps, step_size=step_size, steps=steps, norm=norm)

@@ -50,6 +50,10 @@ class Replays(Step):
         attack = method.attack
         if not isinstance(attack, PGD) or attack.stop is not None or attack.objective != CrossEntropy():
             raise UserError("Replays takes ball and step size of a PGD on CrossEntropy() without a stop rule")
+        if (attack.steps, attack.start, attack.mode) != (1, Zero(), "train") or method.updates_bn != ("adv",):
+            raise UserError(
+                "Replays makes its own forward passes: steps=1, start=Zero(), mode='train', updates_bn=('adv',)"
+            )
         if method.loss.needs != {"adv"}:
             raise UserError(f"Replays sees adversarial logits only, for it shares one gradient; got {method.loss!r}")
         if method.perturbation is not None:
@@ -139,7 +143,8 @@ def free_at(
         Replays(4)
 
     Source: Shafahi et al. 2019; official code.
-    Deviations: δ is kept inside the box [0, 1] around the current images too.
+    Deviations: δ is kept inside the box [0, 1] around the current images too, and its gradient is taken at the clipped
+        image.
     """
     attack = PGD(
         ball(norm, eps), steps=1, step_size=eps if step_size is None else step_size, start=Zero(), mode="train"

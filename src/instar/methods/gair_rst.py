@@ -17,6 +17,9 @@ from instar.schedules import Schedule, Steps
 from instar.signals import KL, CrossEntropy, Margin, Signal
 from instar.threat import ball
 
+PLAIN_ABOVE = 10
+"""λ above which the official code trains plain TRADES and runs no margin attack."""
+
 
 @value
 class AttackableShare(Signal):
@@ -87,7 +90,7 @@ def gair_rst(
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
 
     Returns:
-        The method. During the burn-in it is TRADES, in loss, gradient and cost.
+        The method. During the burn-in, and with λ > 10, it is TRADES, in loss, gradient and cost.
 
     Raises:
         UserError: Fewer than 2 steps, λ of NaN, or an impossible radius, step or norm.
@@ -105,9 +108,13 @@ def gair_rst(
     around = ball(norm, eps)
     kl = PGD(around, KL(), steps=steps, step_size=step_size, start=Gaussian(0.001))
     margin = PGD(around, Margin(cap=confidence), steps=steps, step_size=step_size, start=Gaussian(0.001))
-    gate: float | Schedule = 1
+    if not isinstance(shift, Schedule) and shift > PLAIN_ABOVE:
+        shift = math.inf
+    gate: float | Schedule = 0 if shift == math.inf else 1
     share = AttackableShare(shift)
-    if burn_in and not isinstance(shift, Schedule):  # with λ = ∞ the share is exactly 1, and the gate is closed
+    if (
+        gate and burn_in and not isinstance(shift, Schedule)
+    ):  # with λ = ∞ the share is exactly 1, and the gate is closed
         gate = Steps(0, ((burn_in, 1),))
         share = AttackableShare(Steps(math.inf, ((burn_in, float(shift)),)))
     mixture = share * KL() + gate * ((1 - share) * KL("other"))

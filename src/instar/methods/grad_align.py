@@ -12,7 +12,7 @@ from instar.evidence import Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.models.precision import without_autocast
-from instar.schedules import Schedule
+from instar.schedules import Schedule, lowest
 from instar.signals import CrossEntropy, Signal
 from instar.signals.losses import UNLABELLED
 from instar.threat import ball
@@ -45,8 +45,6 @@ class GradientMisalignment(Signal):
             there = self._gradient(evidence, evidence.x + noise, graph=through)
         sizes = here.norm(dim=1), there.detach().norm(dim=1)
         kept = (sizes[0] > 0) & (sizes[1] > 0) & (evidence.y != UNLABELLED)
-        # A row of ones in place of a zero gradient: the derivative of its length would be no number.
-        there = torch.where(kept.unsqueeze(1), there, torch.ones_like(there))
         gap = torch.where(kept, 1 - F.cosine_similarity(here, there, dim=1), torch.zeros_like(sizes[0]))
         return gap * (len(gap) / kept.sum().clamp_min(1))
 
@@ -92,5 +90,7 @@ def grad_align(
         if isinstance(eps, Schedule):
             raise UserError("the usual alignment follows from eps: give alignment too where eps is a schedule")
         alignment = round(0.02 * 10 ** (255 * eps / 8), 6)
+    if not lowest(alignment) >= 0:
+        raise UserError(f"alignment of GradAlign (λ) must be at least 0; got {alignment}")
     attack = PGD(ball(norm, eps), steps=1, step_size=eps, start=Zero(), mode="train")
     return Method(attack, CrossEntropy() + alignment * GradientMisalignment(), updates_bn=("adv",))

@@ -20,6 +20,7 @@ from instar.models.heads import logit_scale
 from instar.modes import forward_mode, full
 from instar.schedules import Ramp, Schedule, lowest
 from instar.signals import CrossEntropy, Exceeds, Margin, ProbabilityGap, Signal
+from instar.signals.difficulty import check_bound
 from instar.signals.losses import UNLABELLED
 from instar.threat import Ball, ball
 
@@ -75,7 +76,7 @@ class LinearisedStep(Attack):
         mode: How BatchNorm behaves: ``"eval"``, ``"train"`` or ``"batch"``.
 
     Raises:
-        UserError: A reach that is not positive.
+        UserError: A bound that is NaN, or a reach that is not positive.
 
     Source: Sitawarin et al. 2021, training code (FGSM-ATES).
     """
@@ -90,7 +91,8 @@ class LinearisedStep(Attack):
     budget: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        """Check the reach."""
+        """Check the bound and the reach."""
+        check_bound("LinearisedStep", self.bound)
         if not 0 < self.reach < math.inf:
             raise UserError(f"reach of LinearisedStep must be a positive number; got {self.reach}")
 

@@ -56,7 +56,7 @@ def fast_at(
         The method, a fifth of the cost of PGD-AT.
 
     Raises:
-        UserError: An impossible radius, step or norm, or a schedule of ε without a step size.
+        UserError: An impossible radius, step or norm.
 
     Example:
         >>> fast_at(eps=8/255).attack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -120,8 +120,8 @@ class Correct(Signal):
 class Referenced(Signal):
     """A difficulty measured against what it is under the attack at full strength, which changes as training goes on.
 
-    An attack asks `due` before it begins. If so it first runs without its stop rule and shows the result to `refer`,
-    which keeps what it needs in `Evidence.shared`.
+    An attack asks `due` before it begins. If so it first runs without its stop rule, measures at every iterate, and
+    hands what was measured to `refer`, which keeps the reference in `Batch.shared`.
     """
 
     @abc.abstractmethod
@@ -129,8 +129,12 @@ class Referenced(Signal):
         """Whether the reference must be taken (anew), asked once a step; may count the steps in `shared`."""
 
     @abc.abstractmethod
-    def refer(self, evidence: Evidence) -> None:
-        """Take the reference from the evidence at the end of the attack at full strength."""
+    def measure(self, evidence: Evidence) -> Tensor:
+        """The difficulty before it is made relative, (B,) or one number."""
+
+    @abc.abstractmethod
+    def refer(self, measured: Sequence[Tensor], shared: MutableMapping[str, Tensor]) -> None:
+        """Take the reference from the measurements along the attack at full strength, its last iterate included."""
 
 
 @value
