@@ -97,7 +97,7 @@ def value_of(recipe: Recipe) -> str:
     return join(
         f"{counted.forward} forward, {counted.backward_input} backward to the input, {counted.backward_full} full "
         f"backward: {counted.units} units.",
-        f"```python\n{method!r}\n```",
+        f"```text\n{method!r}\n```",
     ).rstrip()
 
 

@@ -394,8 +394,8 @@ _IMAGENETTE_METHODS: dict[str, dict[str, Any]] = {
     "p_sat": {"bound": Ramp(0, 0.4, 30, 70), "by": "stop", "strict": False},
 }
 _IMAGENETTE_OURS = (
-    "Only eps is published. Ours: ResNet-18 with the ImageNet stem at 64 pixels, crop and mirror image, steps of eps / 4, "
-    "optimiser and schedule as in the paper's configuration of CIFAR-10. The attack behind the table is not named."
+    "Only eps is published. Ours: ResNet-18 with the ImageNet stem at 64 pixels, crop and mirror image, steps of eps "
+    "/ 4, optimiser and schedule as in the paper's configuration of CIFAR-10. The attack behind the table is not named."
 )
 _IMAGENETTE_NOTES = {
     "pgd_at": _IMAGENETTE_OURS,
