@@ -101,9 +101,9 @@ def _within_batch(function: Callable[[Tensor], Tensor], values: Tensor) -> Tenso
 class Evidence:
     """All that a `Signal` may look at. Read-only, and complete before the first signal is asked.
 
-    Logits that nobody `needs` are None: they are computed eagerly, in the order anchor, clean, adv, and only if some
-    signal declares them, because logits computed by whoever asks first would silently lose gradients (a signal asked
-    under ``no_grad``) or add BatchNorm updates.
+    Logits that nobody `needs` are None: they are computed eagerly, in the order anchor, anchor_adv, clean, adv, and
+    only if some signal declares them, because logits computed by whoever asks first would silently lose gradients (a
+    signal asked under ``no_grad``) or add BatchNorm updates.
 
     Attributes:
         x: Clean images (B, C, H, W).
@@ -112,6 +112,7 @@ class Evidence:
         adv: Logits (B, K) of `x_adv` at the same weights.
         anchor: Logits (B, K) of `x` at the *unperturbed* weights. ISEAT compares with these; one `clean` for both
             would change the gradient.
+        anchor_adv: Logits (B, K) of `x_adv` at the unperturbed weights.
         x_adv: Adversarial images (B, C, H, W).
         kappa: See `Adversary`.
         inspected: See `Adversary`.
@@ -140,6 +141,7 @@ class Evidence:
     clean: Tensor | None = None
     adv: Tensor | None = None
     anchor: Tensor | None = None
+    anchor_adv: Tensor | None = None
     x_adv: Tensor | None = None
     kappa: Tensor | None = None
     inspected: Tensor | None = None
@@ -162,7 +164,7 @@ class Evidence:
     batchwide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = _within_batch
 
     def logits(self, of: str) -> Tensor:
-        """The logits (B, K) called `of`: ``"clean"``, ``"adv"``, ``"anchor"``, or ``"other"``, the first of `others`.
+        """The logits (B, K) called `of`, a field's name, or ``"other"`` for the first of `others`.
 
         Raises:
             UserError: They were not computed, because no signal declared that it needs them.

@@ -21,7 +21,7 @@ from instar.weightspace import Average, Perturbation
 if TYPE_CHECKING:
     from instar.step import Loss
 
-FORWARDS = ("anchor", "clean", "adv")
+FORWARDS = ("anchor", "anchor_adv", "clean", "adv")
 
 
 def _a(noun: str) -> str:
@@ -65,8 +65,8 @@ class Method:
         average: How averaged weights follow, or None.
         remember: Pairs (name, signal): written to the instance table after each step, and there to be read as
             ``evidence.memory[name]`` when the instance comes again.
-        updates_bn: Which training forwards update BatchNorm's running statistics, of ``"anchor"``, ``"clean"``,
-            ``"adv"``. Forwards of the attack follow `PGD.mode` instead.
+        updates_bn: Which training forwards update BatchNorm's running statistics, of ``"anchor"``, ``"anchor_adv"``,
+            ``"clean"``, ``"adv"``. Forwards of the attack follow `PGD.mode` instead.
         requires: What the model must have, a `CosineHead` for SPAT; None for nothing. A model that is named and not
             given is built that way.
         step: How an optimiser step is made, for the few methods that share gradients between input and weights

@@ -197,7 +197,7 @@ def _gather(
     extra: frozenset[str] = frozenset(),
     generator: torch.Generator | None = None,
 ) -> Evidence:
-    """Compute what is needed, eagerly and in a fixed order: anchor, clean, adv, then the other adversaries.
+    """Compute what is needed, eagerly and in the order of `FORWARDS`, then the other adversaries.
 
     Args:
         model: In train mode.
@@ -206,7 +206,7 @@ def _gather(
         batch: The instances.
         adversary: Their adversaries.
         weights: Parameters in place of the model's own.
-        offsets: Perturbation added to the weights, but for ``anchor``.
+        offsets: Perturbation added to the weights, but for the anchors.
         updates_bn: Forwards that may update BatchNorm's running statistics.
         extra: What only remembered signals read: computed without graph and without touching BatchNorm.
         generator: For signals that draw.
@@ -228,8 +228,8 @@ def _gather(
             if name not in needs | extra:
                 continue
             captured.clear()
-            x = adversary.x if name == "adv" else batch.x
-            parameters = base if name == "anchor" else moved
+            x = adversary.x if name.endswith("adv") else batch.x
+            parameters = base if name.startswith("anchor") else moved
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in needs):
                 logits[name] = forward(x, parameters, update=name in updates_bn and name in needs)
         features = captured[-1] if captured else None
@@ -240,6 +240,7 @@ def _gather(
         clean=logits.get("clean"),
         adv=logits.get("adv"),
         anchor=logits.get("anchor"),
+        anchor_adv=logits.get("anchor_adv"),
         x_adv=adversary.x,
         kappa=adversary.kappa,
         inspected=adversary.inspected,

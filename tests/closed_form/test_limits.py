@@ -231,6 +231,13 @@ def test_a_very_negative_shift_still_ranks_instances_by_the_slope_of_the_logarit
         torch.testing.assert_close(weights, expected / expected.mean(), rtol=1e-9, atol=0)
 
 
+def test_constant_weights_are_exactly_one_whatever_the_shift() -> None:
+    kappa = torch.tensor([0, 3, 10, 10, 1])
+    evidence = I.Evidence(x=torch.zeros(5, 1, 1, 1), y=torch.zeros(5).long(), kappa=kappa, budget=10)
+    for shift in (-50.0, 0.0, 3.0, math.inf):
+        assert I.GeometryWeight(shift, "constant")(evidence).tolist() == [1.0] * 5
+
+
 def test_discrete_weights_do_not_depend_on_a_finite_shift() -> None:
     evidence = _counted(list(range(11)))
     first = I.GeometryWeight(-1e9, "discrete")(evidence)

@@ -63,6 +63,9 @@ COMBINED = {
     "dynamic_half": I.dynamic_at(bound=0.05),
     "gair_trades_both": I.gair_trades(weighted="both"),
     "spat_margin": I.spat(form="margin", scale=5.0),
+    "iseat_all_at_theta": I.iseat(joint=False, distance="kl", weight="proportional", detach="clean"),
+    "iseat_l1_reversed": I.iseat(distance="l1", weight="reversed", detach="adv"),
+    "iseat_loss_top": I.iseat(distance="loss", weight="top", warm_start=0.1),
     "iseat_hard_class_pairs": replace(
         I.iseat(),
         loss=SelfPacedCrossEntropy(of="adv") + 0.1 * (I.RankWeight(I.LossGap()) * I.LogitShift()),
@@ -279,7 +282,7 @@ def every_forward_of_an_attack_in_mode_train_updates_the_statistics_once(method:
 def the_declared_training_forwards_and_no_others_update_the_statistics(method: I.Method) -> None:
     batch = _batch()
     found = method.attack(_model(method), batch, generator=_seed())
-    for names in itertools.chain.from_iterable(itertools.combinations(FORWARDS, r) for r in range(4)):
+    for names in itertools.chain.from_iterable(itertools.combinations(FORWARDS, r) for r in range(5)):
         model = _model(method)
         reference = copy.deepcopy(model)
         declared = replace(method, updates_bn=names, step=None)
@@ -288,8 +291,8 @@ def the_declared_training_forwards_and_no_others_update_the_statistics(method: I
         moved = {name: p + evidence.offsets.get(name, 0) for name, p in weights.items()}
         for name in FORWARDS:
             if name in names and name in method.loss.needs:
-                images = found.x if name == "adv" else batch.x
-                functional_call(reference, weights if name == "anchor" else moved, (images,))
+                images = found.x if name.endswith("adv") else batch.x
+                functional_call(reference, weights if name.startswith("anchor") else moved, (images,))
         assert int(model.norm.num_batches_tracked) == len(set(names) & method.loss.needs)
         torch.testing.assert_close(model.norm.running_mean, reference.norm.running_mean, rtol=0, atol=1e-14)
         torch.testing.assert_close(model.norm.running_var, reference.norm.running_var, rtol=0, atol=1e-14)

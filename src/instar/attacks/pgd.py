@@ -112,7 +112,8 @@ class PGD(Attack):
             return self.ball
         scale = self.start.scale if isinstance(self.start, Uniform) else 1.0
         steps, step_size = self.numbers()
-        return replace(self.ball, eps=min(scale * self.ball.radius + steps * step_size, 1.0))
+        most = 1.0 if self.ball.norm == "Linf" else math.inf
+        return replace(self.ball, eps=min(scale * self.ball.radius + steps * step_size, most))
 
     def numbers(self) -> tuple[int, float]:
         """`steps` and `step_size`, resolved.

@@ -31,7 +31,7 @@ def gair_fat(
         patience: τ; 0 for 40 of 120 epochs, then 3, then 6 for the last 50.
         shift: λ after the burn-in; 0 in the official script.
         burn_in: Share of the run with uniform weights; 60 of 120 epochs.
-        weight: ``"tanh"``, ``"sigmoid"`` or ``"discrete"``.
+        weight: ``"tanh"``, ``"sigmoid"``, ``"discrete"`` or ``"constant"``.
         eps: Radius in the unit of inputs in [0, 1]; the official code uses 0.031.
         step_size: Step of the attack; the official code uses 0.007.
         steps: Largest number of attack steps K, at least 2.

@@ -33,7 +33,7 @@ def gair_trades(
         weighted: Which term carries the weights: ``"ce"`` (defaults of the official script), ``"kl"`` or ``"both"``.
         shift: λ after the burn-in.
         burn_in: Share of the run with uniform weights; 75 of 100 epochs in the official script.
-        weight: ``"tanh"``, ``"sigmoid"`` or ``"discrete"``.
+        weight: ``"tanh"``, ``"sigmoid"``, ``"discrete"`` or ``"constant"``.
         eps: Radius in the unit of inputs in [0, 1]; the official code uses 0.031.
         step_size: Step of the attack; the official code uses 0.007.
         steps: Attack steps, at least 2.

@@ -34,7 +34,7 @@ def gairat(
         shift: λ after the burn-in; −1 in the paper, smaller concentrates the weight. +inf stays PGD-AT. A `Schedule`
             takes the place of the burn-in too.
         burn_in: Share of the run with uniform weights; 60 of 120 epochs in the paper. Above 1 it counts epochs.
-        weight: ``"tanh"`` (paper), ``"sigmoid"`` or ``"discrete"`` (official code).
+        weight: ``"tanh"`` (paper), ``"sigmoid"``, ``"discrete"`` or ``"constant"`` (official code).
         eps: Radius in the unit of inputs in [0, 1]; the official code uses 0.031.
         step_size: Step of the attack; the official code uses 0.007.
         steps: Attack steps, at least 2.

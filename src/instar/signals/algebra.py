@@ -35,8 +35,9 @@ class Signal(abc.ABC):
     def needs(self) -> frozenset[str]:
         """Names of the `Evidence` fields that must be computed for it.
 
-        ``"clean"``, ``"adv"``, ``"anchor"`` and ``"others"`` are logits, ``"features"`` what goes into the head,
-        ``"params"`` the weights; ``"kappa"`` and ``"input_grad"`` are what an attack keeps.
+        ``"clean"``, ``"adv"``, ``"anchor"``, ``"anchor_adv"``, ``"others"`` are logits, ``"features"`` what goes into
+        the head, ``"params"`` the weights; ``"kappa"`` and ``"input_grad"`` are what an attack keeps; ``"forward"`` and
+        ``"generator"`` say that a signal queries the model elsewhere, or draws random numbers.
         """
         return frozenset[str]().union(*(part.needs for part in self.parts))
 

@@ -50,27 +50,30 @@ class LossGap(Signal):
 
     Attributes:
         reference: Where the clean loss is taken: ``"anchor"`` (unperturbed weights, ISEAT) or ``"clean"``.
+        of: Where the adversarial loss is taken: ``"adv"`` (perturbed weights, ISEAT) or ``"anchor_adv"`` (unperturbed).
 
     Raises:
-        UserError: Another reference.
+        UserError: An unknown name.
 
     Source: Li & Spratling 2023 (ISEAT).
     """
 
     reference: str = "anchor"
+    of: str = "adv"
 
     def __post_init__(self) -> None:
-        """Check the field."""
+        """Check the fields."""
         check_choice("LossGap", "reference", self.reference, ("anchor", "clean"))
+        check_choice("LossGap", "of", self.of, ("adv", "anchor_adv"))
 
     @property
     def needs(self) -> frozenset[str]:
         """Adversarial logits and the reference."""
-        return frozenset({"adv", self.reference})
+        return frozenset({self.of, self.reference})
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Gap (B,)."""
-        return (CrossEntropy("adv")(evidence) - CrossEntropy(self.reference)(evidence)).detach()
+        return (CrossEntropy(self.of)(evidence) - CrossEntropy(self.reference)(evidence)).detach()
 
 
 @value

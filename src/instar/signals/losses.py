@@ -35,7 +35,7 @@ class CrossEntropy(Signal):
     CE(z, y) = −log softmax(z)_y, or −Σ_k t_k log softmax(z)_k with a soft target t.
 
     Attributes:
-        of: Which logits: ``"adv"`` (default), ``"clean"`` or ``"anchor"``.
+        of: Which logits: ``"adv"`` (default), ``"clean"``, ``"anchor"`` or ``"anchor_adv"`` (see `Evidence`).
         smoothing: Label smoothing s in [0, 1): the target becomes (1 − s) · onehot + s / K (the library convention;
             s of Bag of Tricks corresponds to s · K / (K − 1) here). 0 uses the plain label.
 
@@ -56,7 +56,7 @@ class CrossEntropy(Signal):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_choice("CrossEntropy", "of", self.of, ("adv", "clean", "anchor"))
+        check_choice("CrossEntropy", "of", self.of, ("adv", "clean", "anchor", "anchor_adv"))
         if not 0 <= self.smoothing < 1:
             raise UserError(f"smoothing must be in [0, 1); got {self.smoothing}")
 
@@ -193,30 +193,61 @@ def lead(scores: Tensor, y: Tensor) -> Tensor:
 class LogitShift(Signal):
     """Squared distance the attack moves the logits: ‖f(x′) − f(x)‖² = Σ_k (z′_k − z_k)².
 
-    Both ends carry gradient. It is summed over classes, not averaged.
+    Both ends carry gradient. It is summed over classes, not averaged. The other distances are for ablations:
+
+    ==============  ======================================================
+    ``l2``          Σ_k (z′_k − z_k)² (published)
+    ``l1``          Σ_k |z′_k − z_k|
+    ``softmax_l2``  Σ_k (p′_k − p_k)²
+    ``kl``          KL(p ‖ p′)
+    ``loss``        |CE(z′, y) − CE(z, y)|; 0 for an instance without label
+    ==============  ======================================================
 
     Attributes:
         reference: Where the clean logits come from: ``"anchor"`` (unperturbed weights, ISEAT) or ``"clean"``.
+        distance: A name of the table.
+        detach: Which end carries no gradient: ``"none"`` (published), ``"clean"`` or ``"adv"``.
+        of: Where the adversarial logits come from: ``"adv"`` (perturbed weights, ISEAT) or ``"anchor_adv"``
+            (unperturbed ones).
 
     Raises:
-        UserError: Another reference.
+        UserError: An unknown name.
 
     Source: Li & Spratling 2023 (ISEAT), official code; Kannan et al. 2018 (ALP) for the plain pairing.
     """
 
     reference: str = "anchor"
+    distance: str = "l2"
+    detach: str = "none"
+    of: str = "adv"
 
     vanishes_at_clean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the field."""
+        """Check the fields."""
         check_choice("LogitShift", "reference", self.reference, ("anchor", "clean"))
+        check_choice("LogitShift", "distance", self.distance, ("l2", "l1", "softmax_l2", "kl", "loss"))
+        check_choice("LogitShift", "detach", self.detach, ("none", "clean", "adv"))
+        check_choice("LogitShift", "of", self.of, ("adv", "anchor_adv"))
 
     @property
     def needs(self) -> frozenset[str]:
         """Adversarial logits and the reference."""
-        return frozenset({"adv", self.reference})
+        return frozenset({self.of, self.reference})
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Squared distance (B,)."""
-        return (evidence.logits("adv") - evidence.logits(self.reference)).square().sum(1)
+        """Distance (B,)."""
+        moved, clean = evidence.logits(self.of), evidence.logits(self.reference)
+        moved = moved.detach() if self.detach == "adv" else moved
+        clean = clean.detach() if self.detach == "clean" else clean
+        if self.distance == "l2":
+            return (moved - clean).square().sum(1)
+        if self.distance == "l1":
+            return (moved - clean).abs().sum(1)
+        if self.distance == "loss":
+            losses = [F.cross_entropy(z, evidence.y, reduction="none", ignore_index=UNLABELLED) for z in (moved, clean)]
+            return (losses[0] - losses[1]).abs()
+        p, q = F.log_softmax(clean, 1), F.log_softmax(moved, 1)
+        if self.distance == "kl":
+            return (p.exp() * (p - q)).sum(1)
+        return (q.exp() - p.exp()).square().sum(1)

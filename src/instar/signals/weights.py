@@ -50,6 +50,7 @@ class GeometryWeight(Signal):
     ``tanh``      ω = (1 + tanh u) / 2 = σ(2u)
     ``sigmoid``   ω = σ(u)
     ``discrete``  ω = (K + 1 − κ) / (K + 1), which ignores the shift unless it is +inf
+    ``constant``  ω = 1
     ============  ===========================
 
     and ω̂_i = B ω_i / Σ_j ω_j. It is computed from logarithms relative to the batch, so no shift, however negative,
@@ -58,7 +59,7 @@ class GeometryWeight(Signal):
     Attributes:
         shift: λ of the paper; smaller concentrates the weight on small κ. +inf gives weights of exactly 1 (the
             burn-in, plain adversarial training). May be a `Schedule`.
-        weight: ``"tanh"``, ``"sigmoid"`` or ``"discrete"``.
+        weight: ``"tanh"``, ``"sigmoid"``, ``"discrete"`` or ``"constant"``.
 
     Raises:
         UserError: An unknown weight function, or a shift that is NaN.
@@ -80,7 +81,7 @@ class GeometryWeight(Signal):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_choice("GeometryWeight", "weight", self.weight, ("tanh", "sigmoid", "discrete"))
+        check_choice("GeometryWeight", "weight", self.weight, ("tanh", "sigmoid", "discrete", "constant"))
         if not isinstance(self.shift, Schedule) and math.isnan(self.shift):
             raise UserError("shift of GeometryWeight (λ) must be a number or inf; got nan")
 
@@ -104,7 +105,7 @@ class GeometryWeight(Signal):
         if budget < 2:
             raise UserError(f"GeometryWeight needs an attack of at least 2 steps to rank instances; got {budget}")
         kappa = kappa.to(torch.float64)
-        if self.shift == math.inf:
+        if self.shift == math.inf or self.weight == "constant":
             return torch.zeros_like(kappa)
         if self.weight == "discrete":
             return torch.log((budget + 1 - kappa) / (budget + 1))
@@ -133,8 +134,22 @@ class RankWeight(Signal):
     w_i = rank_i / B, rank ascending. The mean is (B + 1) / 2B, not 1, as in the official code. Ties are broken by
     position in the batch. Instances without a label are not ranked and get that mean.
 
+    The other shapes are for ablations and have the same mean:
+
+    ================  =====================================================================
+    ``rank``          rank / B (published)
+    ``reversed``      (B + 1 − rank) / B: the least difficult weighs most
+    ``uniform``       the same for all
+    ``proportional``  in proportion to the difficulty, negative ones counting 0
+    ``top``           the most difficult tenth (rounded up) alone, as a hard selection
+    ================  =====================================================================
+
     Attributes:
         difficulty: The signal to rank, usually `LossGap`.
+        shape: A name of the table.
+
+    Raises:
+        UserError: An unknown shape.
 
     Example:
         >>> from instar.signals import Margin
@@ -147,18 +162,35 @@ class RankWeight(Signal):
     """
 
     difficulty: Signal
+    shape: str = "rank"
+
+    def __post_init__(self) -> None:
+        """Check the shape."""
+        check_choice("RankWeight", "shape", self.shape, ("rank", "reversed", "uniform", "proportional", "top"))
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Weights (B,) in (0, 1], without gradient."""
-        difficulty = self.difficulty(evidence).detach()
-        return evidence.batchwide(_ranks, torch.where(evidence.y == UNLABELLED, float("nan"), difficulty))
+        """Weights (B,), non-negative, in (0, 1] for ranks, without gradient."""
+        difficulty = torch.where(evidence.y == UNLABELLED, float("nan"), self.difficulty(evidence).detach())
+        return evidence.batchwide(self._weights, difficulty)
 
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks over their number; NaNs are sorted behind all others, and get the mean rank of those."""
-    order = values.argsort(stable=True)
-    known = ~values.isnan()
-    count = known.sum()
-    ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype) / count
-    ranked = torch.empty_like(values).scatter_(0, order, ranks)
-    return torch.where(known, ranked, (count + 1) / (2 * count)).to(values.dtype)
+    def _weights(self, values: Tensor) -> Tensor:
+        """Weights from difficulties; NaN marks an instance that is not ranked."""
+        known = ~values.isnan()
+        count = known.sum()
+        mean = (count + 1) / (2 * count)
+        if self.shape == "proportional":
+            shape = torch.where(known, values.clamp_min(0), 0.0)
+            shape = torch.where(shape.sum() > 0, shape, known.to(values.dtype))
+        elif self.shape == "uniform":
+            shape = known.to(values.dtype)
+        else:
+            # NaNs are sorted behind all others.
+            order = values.argsort(stable=True)
+            ranks = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype)
+            rank = torch.empty_like(values).scatter_(0, order, ranks)
+            if self.shape == "rank":
+                return torch.where(known, rank / count, mean).to(values.dtype)
+            if self.shape == "reversed":
+                return torch.where(known, (count + 1 - rank) / count, mean).to(values.dtype)
+            shape = (known & (rank > count - (count / 10).ceil())).to(values.dtype)
+        return torch.where(known, shape * (mean * count / shape.sum()), mean).to(values.dtype)
