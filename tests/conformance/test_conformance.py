@@ -63,8 +63,8 @@ COMBINED = {
     "dynamic_half": I.dynamic_at(bound=0.05),
     "gair_trades_both": I.gair_trades(weighted="both"),
     "spat_margin": I.spat(form="margin", scale=5.0),
-    "iseat_all_at_theta": I.iseat(joint=False, distance="kl", weight="proportional", detach="clean"),
-    "iseat_l1_reversed": I.iseat(distance="l1", weight="reversed", detach="adv"),
+    "iseat_all_at_theta": I.iseat(joint=False, distance="kl", weight="proportional"),
+    "iseat_l1_reversed": I.iseat(distance="l1", weight="reversed"),
     "iseat_loss_top": I.iseat(distance="loss", weight="top", warm_start=0.1),
     "iseat_hard_class_pairs": replace(
         I.iseat(),

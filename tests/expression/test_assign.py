@@ -78,7 +78,7 @@ def test_a_field_is_found_by_its_path_and_by_a_shorter_one_that_is_not_ambiguous
         ("perturbation.ascend", 3.5j, "ascend of AWP"),
         ("average", 0.99, "average of a Method must be an Average; got float"),
         ("remember", (("a",),), "remember of a Method must hold pairs (name, signal)"),
-        ("updates_bn", ("adv", "attack"), "updates_bn of a Method may name anchor, clean, adv; got attack"),
+        ("updates_bn", ("adv", "attack"), "updates_bn of a Method may name anchor, anchor_adv, clean, adv; got attack"),
         ("loss.left.weight", "tan", "weight of GeometryWeight must be one of 'tanh', "),
         ("loss.left.shift", float("nan"), "shift of GeometryWeight"),
         ("perturbation.gamma", -1.0, "gamma of AWP must be a number of at least 0; got -1.0"),

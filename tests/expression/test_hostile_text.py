@@ -140,7 +140,10 @@ def test_nothing_in_a_text_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("PGD(stepsize=0.1)", "unknown field of PGD 'stepsize'. Did you mean 'step_size'"),
         ("KL", "KL needs its arguments: write KL(...)"),
         ("Linf(8)", "eps of Linf must be in [0, 1] because inputs lie in [0, 1]; got 8. Did you mean 8/255?"),
-        ("CrossEntropy('advv')", "of of CrossEntropy must be one of 'adv', 'clean', 'anchor'; got 'advv'"),
+        (
+            "CrossEntropy('advv')",
+            "of of CrossEntropy must be one of 'adv', 'clean', 'anchor', 'anchor_adv'; got 'advv'",
+        ),
         ("Exceeds(ProbabilityGap(), Ramp(0, 0.4, 0.7, 0.3))", "times of Ramp must be non-negative and in ascending"),
         ("x" * 20_001, "an expression may have 20000 characters; got 20001"),
         ("KL(" * 70 + ")" * 70, "is nested more than 60 levels deep"),
