@@ -115,45 +115,6 @@ from instar.methods.mart import Doubt
 SIZE, CLASSES, STEPS, EPS = 8, 4, 10, 0.3
 
 
-class Network(nn.Module):
-    """Two convolutions, BatchNorm and a linear layer, smooth and in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(16, CLASSES)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.softplus(self.second(F.softplus(self.norm(self.first(x)))))
-        return self.head(F.avg_pool2d(hidden, 3).flatten(1))
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(SIZE, 1, 6, 6, dtype=torch.float64)
-
-
-@pytest.fixture
-def model(images: Tensor) -> Network:
-    """A network whose boundaries run through the middle of the images, and whose logits have a spread of 1.5."""
-    made = Network().eval()
-    with torch.no_grad():
-        logits = made(images)
-        made.head.bias.sub_(logits.mean(0))
-        for parameter in made.head.parameters():
-            parameter.mul_(1.5 / logits.std(0).mean())
-    return made.train()
-
-
-@pytest.fixture
-def batch(model: Network, images: Tensor) -> I.Batch:
-    """The images with what the network takes them for, but for the first."""
-    y = copy.deepcopy(model).eval()(images).argmax(1)
-    y[0] = (y[0] + 1) % CLASSES
-    return I.Batch(images, y)
-
-
 def _seed() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
@@ -178,7 +139,7 @@ def _same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12)
 
 @pytest.mark.parametrize("tau", [0, 1, 3])
 def test_9_friendly_images_are_misclassified_unless_the_attack_took_all_of_its_steps(
-    model: Network, batch: I.Batch, tau: int
+    model: nn.Module, batch: I.Batch, tau: int
 ) -> None:
     found = I.fat(patience=tau, eps=EPS, step_size=EPS / STEPS).attack(model, batch, generator=_seed())
     wrong = model.eval()(found.x).argmax(1) != batch.y
@@ -190,7 +151,7 @@ def test_9_friendly_images_are_misclassified_unless_the_attack_took_all_of_its_s
 
 
 def test_10_the_gradient_of_adversarial_training_is_that_of_the_plain_loss_at_the_adversary_alone(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     adversary, by_hand = _nearby(batch), copy.deepcopy(model)
     loss = I.training_loss(model, I.pgd_at(), batch, adversary=adversary).loss
@@ -200,7 +161,7 @@ def test_10_the_gradient_of_adversarial_training_is_that_of_the_plain_loss_at_th
 
 
 def test_13_trades_with_an_adversary_that_is_the_clean_image_is_natural_training(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     loss, _, evidence = I.training_loss(model, I.trades(beta=100.0), batch, adversary=_given(batch.x))
     assert float(I.KL()(evidence).detach().abs().max()) < 1e-15
@@ -221,7 +182,7 @@ def test_14_the_divergence_is_not_negative_and_the_sum_of_p_log_p_over_q() -> No
 
 @pytest.mark.parametrize("recipe", [I.trades, I.mart, I.pgd_at, I.mail_at], ids=lambda r: r.__name__)
 def test_14_a_batch_that_is_doubled_has_the_same_mean_loss_and_gradient(
-    model: Network, batch: I.Batch, recipe: object
+    model: nn.Module, batch: I.Batch, recipe: object
 ) -> None:
     adversary = _nearby(batch)
     twice = I.Batch(batch.x.repeat(2, 1, 1, 1), batch.y.repeat(2))
@@ -255,7 +216,7 @@ def test_16_the_divergence_pulls_at_both_branches_by_their_closed_forms() -> Non
     assert float(clean.grad.abs().amax(1).min()) > 1e-3
 
 
-def test_18_one_clean_forward_for_both_terms_of_trades_is_as_good_as_two(model: Network, batch: I.Batch) -> None:
+def test_18_one_clean_forward_for_both_terms_of_trades_is_as_good_as_two(model: nn.Module, batch: I.Batch) -> None:
     adversary, by_hand = _nearby(batch), copy.deepcopy(model)
     loss = I.training_loss(model, I.trades(beta=6.0), batch, adversary=adversary).loss
     first, second, adv = by_hand(batch.x), by_hand(batch.x), by_hand(adversary.x)
@@ -293,7 +254,7 @@ def test_23_the_doubt_of_mart_is_not_a_coefficient_but_carries_gradient_to_the_c
 
 @pytest.mark.parametrize("recipe", [I.pgd_at, I.trades], ids=lambda r: r.__name__)
 def test_31_a_perturbation_that_begins_later_is_not_called_before_and_changes_nothing_until_then(
-    model: Network, batch: I.Batch, recipe: object
+    model: nn.Module, batch: I.Batch, recipe: object
 ) -> None:
     plain = recipe(steps=2)
     method = replace(plain, perturbation=I.AWP(I.Steps(0, ((0.2, 5e-3),))))
@@ -321,7 +282,7 @@ def test_31_a_perturbation_that_begins_later_is_not_called_before_and_changes_no
 
 
 def test_44_only_weights_that_compare_instances_are_normalised_and_to_their_documented_mean(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     settings = {"eps": EPS, "step_size": EPS / STEPS}
     methods = {name: getattr(I, name)(burn_in=0, **settings) for name in ("gairat", "mail_at", "mail_trades")}

@@ -57,45 +57,6 @@ SIZE, CLASSES, STEPS = 8, 4, 10
 FAMILIES = ["tanh", "sigmoid", "discrete"]
 
 
-class Network(nn.Module):
-    """Two convolutions, BatchNorm and a linear layer, smooth and in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(16, CLASSES)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.softplus(self.second(F.softplus(self.norm(self.first(x)))))
-        return self.head(F.avg_pool2d(hidden, 3).flatten(1))
-
-
-@pytest.fixture
-def model(images: Tensor) -> Network:
-    """A network whose boundaries run through the middle of the images, and whose logits have a spread of 1.5."""
-    made = Network().eval()
-    with torch.no_grad():
-        logits = made(images)
-        made.head.bias.sub_(logits.mean(0))
-        for parameter in made.head.parameters():
-            parameter.mul_(1.5 / logits.std(0).mean())
-    return made.train()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(SIZE, 1, 6, 6, dtype=torch.float64)
-
-
-@pytest.fixture
-def batch(model: Network, images: Tensor) -> I.Batch:
-    """The images with what the network takes them for, but for the first."""
-    y = copy.deepcopy(model).eval()(images).argmax(1)
-    y[0] = (y[0] + 1) % CLASSES
-    return I.Batch(images, y)
-
-
 def _seed() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
@@ -119,7 +80,7 @@ def _weights(kappa: list[int], budget: int, shift: float, function: str, dtype: 
 @pytest.mark.parametrize("function", FAMILIES)
 @pytest.mark.parametrize("shift", [-5.0, -1.0, 0.0, 3.0])
 def test_j1_a_step_in_which_nobody_was_fooled_is_that_of_pgd_at_bit_for_bit(
-    model: Network, batch: I.Batch, shift: float, function: str
+    model: nn.Module, batch: I.Batch, shift: float, function: str
 ) -> None:
     batch = I.Batch(batch.x[1:], batch.y[1:])
     settings = {"eps": 1e-6, "step_size": 1e-7}
@@ -151,7 +112,9 @@ def test_j2_weights_add_up_to_the_batch_and_fall_with_every_step_survived_for_an
         assert torch.equal(lighter, longer)
 
 
-def test_j4_steps_of_no_length_without_noise_count_all_or_nothing_on_a_network(model: Network, batch: I.Batch) -> None:
+def test_j4_steps_of_no_length_without_noise_count_all_or_nothing_on_a_network(
+    model: nn.Module, batch: I.Batch
+) -> None:
     attack = I.PGD(I.Linf(0.1), step_size=0.0, start=I.Zero())
     found = attack(model, batch)
     right = model.eval()(batch.x).argmax(1) == batch.y
@@ -192,7 +155,7 @@ def test_j5_the_discrete_weight_falls_from_one_to_one_over_k_plus_one_in_equal_s
 
 @pytest.mark.parametrize("scale", [1e-3, 7.0])
 def test_j6_weights_of_another_scale_give_the_same_loss_and_gradient(
-    model: Network, batch: I.Batch, scale: float, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, batch: I.Batch, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = I.gairat(burn_in=0, eps=0.1, step_size=0.01)
     loss, adversary, evidence = I.training_loss(model, method, batch, generator=_seed())
@@ -210,7 +173,7 @@ def test_j6_weights_of_another_scale_give_the_same_loss_and_gradient(
     assert loss.mean().item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_j6_no_gradient_reaches_the_loss_through_the_weights(model: Network, batch: I.Batch) -> None:
+def test_j6_no_gradient_reaches_the_loss_through_the_weights(model: nn.Module, batch: I.Batch) -> None:
     method = I.gairat(burn_in=0, eps=0.1, step_size=0.01)
     loss, _, evidence = I.training_loss(model, method, batch, generator=_seed())
     weights = I.GeometryWeight(-1.0)(evidence)
@@ -221,7 +184,7 @@ def test_j6_no_gradient_reaches_the_loss_through_the_weights(model: Network, bat
     assert torch.equal(found, expected)
 
 
-def test_j7_every_step_updates_the_statistics_once_by_the_adversarial_batch(model: Network, batch: I.Batch) -> None:
+def test_j7_every_step_updates_the_statistics_once_by_the_adversarial_batch(model: nn.Module, batch: I.Batch) -> None:
     method = I.gairat(eps=0.1, step_size=0.01)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(1, 4):
@@ -258,7 +221,7 @@ class Linear(nn.Module):
 ATTACK = I.PGD(I.Linf(0.1), steps=7, step_size=0.03)
 
 
-def test_j11_pgd_on_logits_scaled_by_one_is_pgd(model: Network, batch: I.Batch) -> None:
+def test_j11_pgd_on_logits_scaled_by_one_is_pgd(model: nn.Module, batch: I.Batch) -> None:
     plain, scaled = ATTACK(model, batch, generator=_seed()), ATTACK(Scaled(model, 1.0), batch, generator=_seed())
     assert torch.equal(scaled.x, plain.x)
     assert torch.equal(scaled.kappa, plain.kappa)
@@ -275,7 +238,7 @@ def test_j11_scaling_misleads_no_attack_on_two_linear_classes_but_any_on_more(im
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 10.0, 1e6])
-def test_j11_an_attack_on_the_margin_is_misled_by_no_scale(model: Network, batch: I.Batch, alpha: float) -> None:
+def test_j11_an_attack_on_the_margin_is_misled_by_no_scale(model: nn.Module, batch: I.Batch, alpha: float) -> None:
     attack = replace(ATTACK, objective=I.Margin())
     plain, scaled = (attack(net, batch, generator=_seed()).x for net in (model, Scaled(model, alpha)))
     torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-12)

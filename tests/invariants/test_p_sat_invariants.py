@@ -46,52 +46,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import instar as I
 
 SIZE, CLASSES, STEPS, EPS = 8, 4, 10, 0.3
 BOUNDS = [-1.0, -0.9, -0.7, -0.5, -0.3, -0.1, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0]
-
-
-class Network(nn.Module):
-    """Two convolutions, BatchNorm and a linear layer, smooth and in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(16, CLASSES)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.softplus(self.second(F.softplus(self.norm(self.first(x)))))
-        return self.head(F.avg_pool2d(hidden, 3).flatten(1))
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(SIZE, 1, 6, 6, dtype=torch.float64)
-
-
-@pytest.fixture
-def model(images: Tensor) -> Network:
-    """A network whose boundaries run through the middle of the images, and whose logits have a spread of 1.5."""
-    made = Network().eval()
-    with torch.no_grad():
-        logits = made(images)
-        made.head.bias.sub_(logits.mean(0))
-        for parameter in made.head.parameters():
-            parameter.mul_(1.5 / logits.std(0).mean())
-    return made.train()
-
-
-@pytest.fixture
-def batch(model: Network, images: Tensor) -> I.Batch:
-    """The images with what the network takes them for, but for the first."""
-    y = copy.deepcopy(model).eval()(images).argmax(1)
-    y[0] = (y[0] + 1) % CLASSES
-    return I.Batch(images, y)
 
 
 def _seed() -> torch.Generator:
@@ -116,7 +76,7 @@ def _iterates(model: nn.Module, batch: I.Batch) -> Tensor:
 
 
 def test_p2_an_instance_that_starts_above_the_bound_is_trained_on_its_noisy_start(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     start = I.Uniform()(batch.x, I.Linf(EPS), _seed())
     gap = _gap(model, start, batch.y)
@@ -130,7 +90,7 @@ def test_p2_an_instance_that_starts_above_the_bound_is_trained_on_its_noisy_star
 
 
 def test_p3_p5_the_result_is_that_iterate_of_the_whole_attack_which_first_exceeds_the_bound(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     iterates = _iterates(model, batch)
     gaps = torch.stack([_gap(model, x, batch.y) for x in iterates])
@@ -143,7 +103,7 @@ def test_p3_p5_the_result_is_that_iterate_of_the_whole_attack_which_first_exceed
         assert bool(((found.moves == STEPS) | (_gap(model, found.x, batch.y) > bound)).all())
 
 
-def test_p4_a_larger_bound_never_takes_fewer_steps(model: Network, batch: I.Batch) -> None:
+def test_p4_a_larger_bound_never_takes_fewer_steps(model: nn.Module, batch: I.Batch) -> None:
     moves = torch.stack([_p_sat(bound).attack(model, batch, generator=_seed()).moves for bound in BOUNDS])
     assert bool((moves.diff(dim=0) >= 0).all())
     assert moves[-1].tolist() == [STEPS] * SIZE
@@ -152,7 +112,7 @@ def test_p4_a_larger_bound_never_takes_fewer_steps(model: Network, batch: I.Batc
 
 @pytest.mark.parametrize("bound", [0.0, 0.5, 0.9])
 def test_p4_an_instance_that_stopped_stays_stopped_however_long_the_others_go_on(
-    model: Network, batch: I.Batch, bound: float
+    model: nn.Module, batch: I.Batch, bound: float
 ) -> None:
     last = _p_sat(bound).attack(model, batch, generator=_seed())
     assert bool((last.moves < STEPS).any())
@@ -164,7 +124,7 @@ def test_p4_an_instance_that_stopped_stays_stopped_however_long_the_others_go_on
 
 
 def test_p6_a_step_with_a_bound_of_zero_is_that_of_fat_without_patience_bit_for_bit(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     settings = {"eps": EPS, "step_size": EPS / STEPS}
     states = []
@@ -189,7 +149,7 @@ def test_p8_the_recipe_follows_the_table_of_cifar_and_takes_that_of_mnist() -> N
 
 
 def test_p10_every_step_updates_the_statistics_once_by_the_images_where_the_attack_stopped(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(1, 4):
@@ -203,7 +163,7 @@ def test_p10_every_step_updates_the_statistics_once_by_the_images_where_the_atta
 
 @pytest.mark.parametrize("bound", [-0.2, 0.0, 0.5, 0.9])
 def test_p12_the_strict_rule_takes_back_at_most_one_step_and_stays_within_the_bound_wherever_it_starts_within(
-    model: Network, batch: I.Batch, bound: float
+    model: nn.Module, batch: I.Batch, bound: float
 ) -> None:
     strict = I.p_sat(bound=bound, eps=EPS, step_size=EPS / STEPS, strict=True).attack
     found, kept = strict(model, batch, generator=_seed()), _p_sat(bound).attack(model, batch, generator=_seed())

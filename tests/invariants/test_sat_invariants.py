@@ -64,48 +64,6 @@ SIZE, CLASSES, STEPS, EPS = 8, 4, 10, 0.3
 PLACE = {"eps": EPS, "step_size": EPS / STEPS, "steps": STEPS}
 
 
-class Network(nn.Module):
-    """Two convolutions, BatchNorm and a linear layer, smooth and in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(16, CLASSES)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-    def features(self, x: Tensor) -> Tensor:
-        hidden = F.softplus(self.second(F.softplus(self.norm(self.first(x)))))
-        return F.avg_pool2d(hidden, 3).flatten(1)
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(SIZE, 1, 6, 6, dtype=torch.float64)
-
-
-@pytest.fixture
-def model(images: Tensor) -> Network:
-    """A network whose boundaries run through the middle of the images, and whose logits have a spread of 1.5."""
-    made = Network().eval()
-    with torch.no_grad():
-        logits = made(images)
-        made.head.bias.sub_(logits.mean(0))
-        for parameter in made.head.parameters():
-            parameter.mul_(1.5 / logits.std(0).mean())
-    return made.train()
-
-
-@pytest.fixture
-def batch(model: Network, images: Tensor) -> I.Batch:
-    """The images with what the network takes them for, but for the first."""
-    y = copy.deepcopy(model).eval()(images).argmax(1)
-    y[0] = (y[0] + 1) % CLASSES
-    return I.Batch(images, y)
-
-
 def _seed(number: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
@@ -156,7 +114,7 @@ def _single_line(make: Callable[[], object], message: str) -> None:
     ("recipe", "difficulty"), [(I.p_sat, _gap), (I.h_sat, _curvature)], ids=["probability_gap", "curvature"]
 )
 def test_strict_takes_back_the_step_that_crossed_and_no_other(
-    model: Network, batch: I.Batch, recipe: Callable[..., I.Method], difficulty: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, batch: I.Batch, recipe: Callable[..., I.Method], difficulty: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     iterates = _trajectory(I.pgd_at(**PLACE).attack, model, batch)
     values = torch.stack([difficulty(_logits(model, x), batch.y) for x in iterates])
@@ -217,7 +175,7 @@ def _linear(norm: str) -> tuple[Affine, I.Batch, float]:
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_one_step_ends_at_the_bound_of_a_linear_difficulty_and_who_is_there_takes_none(
-    model: Network, norm: str
+    model: nn.Module, norm: str
 ) -> None:
     difficulty, batch, slope = _linear(norm)
     ball = I.ball(norm, 0.7 / slope)
@@ -241,7 +199,7 @@ def test_one_step_ends_at_the_bound_of_a_linear_difficulty_and_who_is_there_take
 @pytest.mark.parametrize("reach", [1.25, 1.0])
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_a_bound_out_of_reach_is_approached_by_a_quarter_more_than_the_radius(
-    model: Network, norm: str, reach: float
+    model: nn.Module, norm: str, reach: float
 ) -> None:
     difficulty, batch, slope = _linear(norm)
     ball = I.ball(norm, 0.2 / slope)
@@ -259,7 +217,7 @@ def test_a_bound_out_of_reach_is_approached_by_a_quarter_more_than_the_radius(
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_the_one_step_attack_is_the_loop_of_the_published_code(model: Network, batch: I.Batch, norm: str) -> None:
+def test_the_one_step_attack_is_the_loop_of_the_published_code(model: nn.Module, batch: I.Batch, norm: str) -> None:
     net = copy.deepcopy(model).eval()
     shares = []
     for eps, bound in ((0.3, -0.5), (0.3, 0.0), (0.3, 0.4), (0.03, 0.4), (0.03, 1.0)):
@@ -311,7 +269,7 @@ def test_the_clipped_cross_entropy_has_no_gradient_once_the_true_class_is_down_t
 
 
 @pytest.mark.parametrize("by", ["clipped_ce", "hinge"])
-def test_a_clipped_objective_moves_an_instance_until_it_is_reached(model: Network, batch: I.Batch, by: str) -> None:
+def test_a_clipped_objective_moves_an_instance_until_it_is_reached(model: nn.Module, batch: I.Batch, by: str) -> None:
     objective = I.CrossEntropy() if by == "clipped_ce" else I.Margin()
     iterates = _trajectory(I.PGD(I.Linf(EPS), objective, steps=STEPS, step_size=EPS / STEPS), model, batch)
     held = set()
@@ -347,7 +305,7 @@ def _equal(ours: tuple[list[Tensor], int], theirs: tuple[list[Tensor], int]) -> 
 
 
 def test_a_floor_of_zero_is_pgd_at_and_an_infinite_hinge_the_margin_attack_bit_for_bit(
-    model: Network, batch: I.Batch
+    model: nn.Module, batch: I.Batch
 ) -> None:
     plain = I.pgd_at(**PLACE)
     assert _equal(_record(model, I.p_sat(by="clipped_ce", bound=0.0, **PLACE), batch), _record(model, plain, batch))
@@ -377,7 +335,7 @@ def test_the_last_layers_difficulty_is_twice_the_largest_eigenvalue_and_lies_bet
 @pytest.mark.parametrize("strict", [False, True], ids=["overshoot", "strict"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_bound_of_one_is_pgd_at_bit_for_bit_and_at_its_cost(
-    model: Network, batch: I.Batch, estimator: str, strict: bool, seed: int | None
+    model: nn.Module, batch: I.Batch, estimator: str, strict: bool, seed: int | None
 ) -> None:
     plain = _record(model, I.pgd_at(**PLACE), batch, seed)
     for bound in (1.0, 1.5, I.Ramp(0.2, 1.0, 0.3, 0.7)):  # schedules stand at their end
@@ -410,14 +368,14 @@ def test_the_first_crossing_of_the_curvature_stops_for_good_although_it_falls_ag
     torch.testing.assert_close(found.x, x + 0.02 * first.double().view(-1, 1, 1, 1), rtol=0, atol=1e-12)
 
 
-def _of_head(model: Network, x: Tensor) -> Tensor:
+def _of_head(model: nn.Module, x: Tensor) -> Tensor:
     """(‖h‖² + 1) μ(p) (B,)."""
     net = copy.deepcopy(model).eval()
     with torch.no_grad():
         return (net.features(x).square().sum(1) + 1) * _mu(net(x))
 
 
-def test_gauss_newton_of_the_head_is_the_closed_form_over_the_reference(model: Network, images: Tensor) -> None:
+def test_gauss_newton_of_the_head_is_the_closed_form_over_the_reference(model: nn.Module, images: Tensor) -> None:
     net = model.eval()
     expected = _of_head(net, images)
     assert len(set(expected.tolist())) == SIZE
@@ -438,7 +396,7 @@ def test_gauss_newton_of_the_head_is_the_closed_form_over_the_reference(model: N
         I.GaussNewtonCurvature(of="tail")(evidence)
 
 
-def test_references_are_taken_at_the_whole_attack_every_so_many_steps(model: Network, batch: I.Batch) -> None:
+def test_references_are_taken_at_the_whole_attack_every_so_many_steps(model: nn.Module, batch: I.Batch) -> None:
     every, memory, bound = 3, 0.75, 0.6
     difficulty = I.GaussNewtonCurvature(of="head", every=every, memory=memory)
     plain = I.pgd_at(**PLACE).attack
@@ -468,7 +426,7 @@ def test_references_are_taken_at_the_whole_attack_every_so_many_steps(model: Net
 @pytest.mark.parametrize("own", [True, False], ids=["own_generator", "global_generator"])
 @pytest.mark.parametrize("estimator", ["gauss_newton", "power"])
 def test_taking_a_reference_leaves_the_start_and_the_random_numbers_as_they_were(
-    model: Network, batch: I.Batch, estimator: str, own: bool
+    model: nn.Module, batch: I.Batch, estimator: str, own: bool
 ) -> None:
     def attacked(method: I.Method) -> tuple[I.Adversary, Tensor]:
         generator = torch.Generator() if own else torch.default_generator
@@ -548,7 +506,7 @@ def test_the_power_estimator_is_the_loop_with_dense_hessians() -> None:
     assert len(set(counts)) > 1, f"a bound that all or none exceed shows nothing: {counts}"
 
 
-def test_what_a_method_shares_between_steps_survives_the_disk(model: Network, batch: I.Batch, tmp_path: Path) -> None:
+def test_what_a_method_shares_between_steps_survives_the_disk(model: nn.Module, batch: I.Batch, tmp_path: Path) -> None:
     def fresh(net: nn.Module) -> State:
         return State(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), InstanceTable(SIZE))
 
@@ -676,7 +634,7 @@ def test_the_stationarity_gap_is_zero_where_a_linear_objective_is_largest(norm: 
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_dynamic_at_stops_at_the_first_iterate_below_the_bound(model: Network, batch: I.Batch, norm: str) -> None:
+def test_dynamic_at_stops_at_the_first_iterate_below_the_bound(model: nn.Module, batch: I.Batch, norm: str) -> None:
     net = copy.deepcopy(model).eval()
     eps = {"Linf": 0.1, "L2": 0.6, "L1": 2.0}[norm]
     place = {"eps": eps, "step_size": eps / 4, "steps": STEPS, "norm": norm}
@@ -727,7 +685,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_who_stopped_stays_stopped(model: Network, batch: I.Batch, rule: str) -> None:
+def test_who_stopped_stays_stopped(model: nn.Module, batch: I.Batch, rule: str) -> None:
     attack = RULES[rule].attack
     runs = [
         replace(attack, steps=k)(model, replace(batch, shared=_referenced(attack, model, batch)), generator=_seed())

@@ -37,7 +37,9 @@ def h_sat(
         bound: λ in [0, 1], rising with training.
         estimator: ``"last_layer"`` (closed form, 2 μ(p), costs nothing), ``"gauss_newton"`` (each instance, all
             weights) or ``"power"`` (one value for the batch, power iteration with warm start); the last two are
-            relative to their running mean under the full attack.
+            relative to the largest value along the full attack. Each is asked before every attack step. In units of a
+            forward and full backward pass of the same images (ResNet-18 of width 16, CPU) a check costs 0.001
+            (``"last_layer"``), 3 (``"power"``, warm) and about 15 (``"gauss_newton"``).
         strict: Whether the step that crosses the bound is taken back.
         eps: Radius in the unit of inputs in [0, 1].
         step_size: Step of the attack.
