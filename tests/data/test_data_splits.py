@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instar.data.indexed import ResidentImages, generic_info
+from instar.data.indexed import ResidentImages, from_dataset, generic_info
 from instar.data.sources import load
 from instar.data.splits import SelectionSplit, TestSplit, TrainSplit, hold_out, require_selection, stratified
 from instar.errors import UserError
@@ -120,3 +120,15 @@ def test_labels_follow_the_indices_and_first_keeps_the_order() -> None:
     assert len(TrainSplit(images_of([0, 1]), torch.tensor([]))) == 0
     with pytest.raises(UserError, match="at least 1"):
         split.first(0)
+
+
+def test_instances_at_even_distances_reach_every_class_of_a_sorted_data_set() -> None:
+    labels = [0] * 50 + [1] * 30 + [2] * 20
+    images = from_dataset([(torch.full((1, 4, 4), i / 100), label) for i, label in enumerate(labels)])
+    split = TestSplit(images)
+    some = split.spread(10)
+    assert some.indices.tolist() == list(range(0, 100, 10))
+    assert torch.bincount(some.labels).tolist() == [5, 3, 2]
+    assert split.spread(1000).indices.tolist() == list(range(100))
+    with pytest.raises(UserError, match="must be at least 1"):
+        split.spread(0)

@@ -484,3 +484,13 @@ def test_a_model_that_is_always_wrong_has_nothing_to_attack(make_task: MakeTask)
     (nothing,) = evaluate(net, data=(x, torch.where(y == 3, 4, 3)), suite=small, eps=0.01, shard_size=5)
     assert {score.correct for score in nothing.scores.values()} <= {0, 1}
     assert record.n == 1
+
+
+def test_some_images_of_a_data_set_that_is_sorted_by_class_are_of_all_classes(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images, labels = torch.rand(60, 1, 2, 2), torch.arange(60) // 20
+    (record,) = evaluate(net, data=(images, labels), suite="quick", eps=0.05, n=12, out=tmp_path / "sorted")
+    assert sorted(set(record.instances["label"].tolist())) == [0, 1, 2]
+    assert record.protocol["images"].startswith("evenly spread 12 of the 60")
+    (record,) = evaluate(net, data=(images, labels.flip(0)), suite="quick", eps=0.05, n=12, out=tmp_path / "not")
+    assert record.protocol["images"].startswith("first 12 of the 60")

@@ -35,7 +35,8 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--config", action="config", help="YAML file with any of these settings")
     made.add_argument("--target", type=str, help="run or weights, if it is not the first word")
     made.add_argument("--suite", type=str, default="standard", help=f"one of {', '.join(SUITES)}")
-    made.add_argument("--n", type=int, default=None, help="number of test images, the first in official order")
+    how = "number of test images: the first in official order, or evenly spread if it is sorted by class"
+    made.add_argument("--n", type=int, default=None, help=how)
     made.add_argument("--checkpoint", type=str, default="both", help="of a run: both, best or last")
     made.add_argument("--data", type=str, default=None, help="data set; a run and a card know their own")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in")

@@ -89,6 +89,22 @@ class Split:
             raise UserError(f"the number of images must be at least 1; got {count}")
         return type(self)(self.images, self.indices[:count])
 
+    def spread(self, count: int) -> Self:
+        """`count` instances at even distances in official order, or all of them if there are fewer.
+
+        For data sets that are sorted by class, whose first instances are of one class.
+
+        Raises:
+            UserError: `count` is not positive.
+
+        Example:
+            >>> from instar.data.sources import load
+            >>> TestSplit(load("digits", split="test")).spread(4).indices.tolist()
+            [0, 90, 180, 270]
+        """
+        count = len(self.first(count))
+        return type(self)(self.images, self.indices[torch.arange(count) * len(self) // max(count, 1)])
+
 
 class TrainSplit(Split):
     """What weights are fitted to.

@@ -18,6 +18,7 @@ from torch import nn
 
 import instar
 from instar.data.catalogue import CATALOGUE
+from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.examine import budget, examine
@@ -97,7 +98,7 @@ def evaluate(
         model: The network that foreign weights belong to, by name or as a module.
         model_arguments: Further arguments of a network given by name, for example ``{"width": 16}``.
         suite: ``"standard"``, ``"quick"``, or a function from a ball to a `Suite`.
-        n: The first n images only; None takes all.
+        n: The first n images only, or n at even distances where images are sorted by class; None takes all.
         checkpoint: Of a run: ``"best"``, ``"last"``, or ``"both"``.
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``; None takes the run's, else the data set's usual one.
         eps: Radius in the unit of inputs in [0, 1], a number or ``"8/255"``; None as for `norm`.
@@ -162,11 +163,17 @@ def _device(name: str | torch.device) -> torch.device:
         raise UserError(f"device {str(name)!r} cannot be used here: {one_line(error)}") from None
 
 
+def _some(split: Split, n: int) -> Split:
+    """The first n images, or n at even distances where the official order is one of classes."""
+    by_class = len(split) > n and len(split.labels.unique()) > 1 and bool((split.labels.diff() >= 0).all())
+    return split.spread(n) if by_class else split.first(n)
+
+
 def _judge(
     case: Case, suite: Suite, n: int | None, conditions: Conditions, device: torch.device, report: Progress
 ) -> Record:
     """Evaluate one case."""
-    split = case.split if n is None else case.split.first(n)
+    split = case.split if n is None else _some(case.split, n)
     if len(split) == 0:
         raise UserError(f"there is nothing to evaluate on: {split.images.info.title} has no such images")
     _check_labels(case, split.labels)

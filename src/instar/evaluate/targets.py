@@ -295,6 +295,8 @@ def described(split: Split) -> str:
     official = "official " if info.name in CATALOGUE and kind == "test" else ""
     count, total = len(split), len(split.images)
     first = torch.equal(split.indices, torch.arange(count))
+    even = torch.equal(split.indices, torch.arange(count) * total // max(count, 1))
     if first and count == total:
         return f"all {total} {official}{kind} images of {info.title}"
-    return f"{'first' if first else 'chosen'} {count} of the {total} {official}{kind} images of {info.title}"
+    which = "first" if first else "evenly spread" if even else "chosen"
+    return f"{which} {count} of the {total} {official}{kind} images of {info.title}"
