@@ -2,7 +2,7 @@
 # Trains and evaluates the two runs of this page; about 40 minutes on one CPU core. Usage: sh reproduce.sh [FOLDER]
 # Imagenette lies in the environment's INSTAR_DATA; the runs of the page used photographs stored at 128 pixels.
 set -eu
-out=${1:-runs/imagenette-64}
+out=${1:-runs/p_sat-at-16-255}
 for recipe in pgd_at p_sat; do
   if [ -d "$out/$recipe" ]; then
     instar train --resume --out "$out/$recipe"
