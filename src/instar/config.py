@@ -20,6 +20,7 @@ from instar.errors import UserError, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
 from instar.methods import RECIPES, Recipe
+from instar.schedules import share_of
 from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
 
@@ -176,7 +177,7 @@ def learning_rate(settings: Settings, *, update: int, updates: int) -> float:
     if settings.schedule == "constant":
         return top
     if settings.schedule == "piecewise":
-        begun = [factor for when, factor in settings.drops if done >= (when if when <= 1 else when / settings.epochs)]
+        begun = [factor for when, factor in settings.drops if done >= share_of(when, settings.epochs)]
         return top * (begun[-1] if begun else 1.0)
     if settings.schedule == "cyclic":
         return top * min(done / 0.4, (1 - done) / 0.6)

@@ -14,6 +14,9 @@ from instar.errors import UserError
 if TYPE_CHECKING:
     from instar.threat import Ball
 
+UNLABELLED = -1
+"""The label of an instance that has none."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -15,7 +15,7 @@ from typing import Any
 
 from instar.attacks import Uniform, Zero
 from instar.errors import UserError, unknown
-from instar.schedules import Ramp, Scaled, Schedule, Steps
+from instar.schedules import Ramp, Scaled, Schedule, Steps, share_of
 from instar.weightspace import EMA
 
 
@@ -114,7 +114,7 @@ def apply(
     if given_settings.get("epochs", epochs) != epochs:
         arguments = {name: _in_shares(item, epochs, name in TIMES) for name, item in arguments.items()}
         if "drops" in settings:
-            settings["drops"] = tuple((_share(when, epochs), factor) for when, factor in settings["drops"])
+            settings["drops"] = tuple((share_of(when, epochs), factor) for when, factor in settings["drops"])
     return arguments | ours, settings | dict(given_settings)
 
 
@@ -135,18 +135,14 @@ TIMES = ("burn_in", "begin")
 """Arguments of recipes that are a time of the run, and no schedule."""
 
 
-def _share(when: float, epochs: int) -> float:
-    return when if when <= 1 else when / epochs
-
-
 def _in_shares(item: Any, epochs: int, is_time: bool) -> Any:
     """`item` with every epoch in it written as a share of a run of `epochs`."""
     if is_time:
-        return _share(item, epochs)
+        return share_of(item, epochs)
     if isinstance(item, Steps):
-        return replace(item, changes=tuple((_share(when, epochs), then) for when, then in item.changes))
+        return replace(item, changes=tuple((share_of(when, epochs), then) for when, then in item.changes))
     if isinstance(item, Ramp):
-        return replace(item, begin=_share(item.begin, epochs), end=_share(item.end, epochs))
+        return replace(item, begin=share_of(item.begin, epochs), end=share_of(item.end, epochs))
     if isinstance(item, Scaled):
         scaled: Schedule = _in_shares(item.schedule, epochs, False)
         return replace(item, schedule=scaled)

@@ -76,6 +76,11 @@ class Schedule(abc.ABC):
         """The value during the epoch that `progress` stands in."""
 
 
+def share_of(when: float, epochs: int) -> float:
+    """The share of a run that a time names; see `epoch_of`."""
+    return when if when <= 1 else when / epochs
+
+
 def epoch_of(when: float, progress: Progress) -> float:
     """The epoch that a time names: fractions up to 1 are of the run, numbers above 1 are epochs."""
     return round(when * progress.epochs, 9) if when <= 1 else when

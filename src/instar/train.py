@@ -550,10 +550,13 @@ def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
     else:
         mixture: dict[str, Any] = {"fraction": settings.extra_fraction, "smoothing": settings.extra_smoothing}
         stream = mixed_batches(run.train, run.extra, **mixture, **usual)
-    mixers: dict[str, CutMix | MixUp] = {"cutmix": CutMix(), "mixup": MixUp()}
+    if settings.mix == "none":
+        yield from stream
+        return
+    mix = CutMix() if settings.mix == "cutmix" else MixUp()
     for step, batch in enumerate(stream, start=first_step):
         draws = generator(settings.seed, epoch=epoch, step=step, purpose="mix", device=run.device)
-        yield mixers[settings.mix](batch, len(images.classes), draws) if settings.mix in mixers else batch
+        yield mix(batch, len(images.classes), draws)
 
 
 def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> Loss:

@@ -16,11 +16,10 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +30,12 @@ from torch import Tensor
 from instar.data.cache import FOLDER
 from instar.data.catalogue import DatasetInfo
 from instar.data.formats import missing, read_pickle
-from instar.data.indexed import ResidentImages, as_float, check_values
-from instar.data.resident import epoch_order, steps_per_epoch
+from instar.data.indexed import ResidentImages, as_float
+from instar.data.resident import decoded_images, epoch_order, one_ahead, steps_between
 from instar.data.sources import default_root
 from instar.data.splits import Split, TrainSplit
 from instar.errors import UserError
-from instar.evidence import Batch
+from instar.evidence import UNLABELLED, Batch
 from instar.randomness import generator
 from instar.storage import write_atomically
 
@@ -46,10 +45,7 @@ IMAGE_NAMES = ("image", "data")
 LABEL_NAMES = ("label", "extrapolated_targets", "labels")
 """Names under which a file may hold its labels; the first that is there counts."""
 
-_UNLABELLED = -1
 _LABELS_AT_ONCE = 1 << 20
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +86,7 @@ class ExtraImages:
         classes = len(self.info.classes)
         for start in range(0, len(self.labels), _LABELS_AT_ONCE):
             part = self.labels[start : start + _LABELS_AT_ONCE]
-            wrong = np.flatnonzero((part < _UNLABELLED) | (part >= classes))
+            wrong = np.flatnonzero((part < UNLABELLED) | (part >= classes))
             if len(wrong):
                 raise UserError(
                     f"{self.name}: labels must be in 0..{classes - 1} for the {classes} classes of {self.info.name}, "
@@ -291,12 +287,7 @@ def mixed_batches(
             f"extra images must have the shape {expected[0]} and the {expected[1]} classes of "
             f"{split.images.info.name}; got {found[0]} and {found[1]}"
         )
-    total = steps_per_epoch(split, batch_size, drop_last)
-    if not 0 <= first_step <= total:
-        raise UserError(f"first_step must be in 0..{total} for an epoch of {total} steps; got {first_step}")
-    if limit is not None and limit < 0:
-        raise UserError(f"limit must be 0 or more steps; got {limit}")
-    steps = range(first_step, total if limit is None else min(limit, total))
+    steps = steps_between(split, batch_size, drop_last, first_step, limit)
     order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
     reader = _Reader(split, extra, order, fraction, batch_size, epoch, seed)
     # An ordinary function around the generator: arguments are checked when it is called, not at the first batch.
@@ -336,8 +327,7 @@ class _Reader:
         rows = torch.randint(len(self.extra), (count,), generator=draws)
         decoded = None
         if not isinstance(images, ResidentImages):
-            decoded = images.fetch(positions)
-            check_values(decoded, what=images.info.name)
+            decoded = decoded_images(images, positions)
         return _Parts(step, positions, decoded, rows, self.extra.fetch(rows), self.extra.labels_of(rows))
 
 
@@ -351,7 +341,7 @@ def _mixed(
     images = reader.split.images
     held = images.on(device) if isinstance(images, ResidentImages) else None
     classes, offset = len(images.classes), len(images)
-    for parts in _one_ahead(reader, steps):
+    for parts in one_ahead(reader, steps):
         real = parts.decoded if parts.decoded is not None or held is None else held.fetch(parts.positions)
         assert real is not None
         pixels = [real.to(device, non_blocking=True), parts.generated.to(device, non_blocking=True)]
@@ -362,7 +352,7 @@ def _mixed(
             draws = generator(reader.seed, epoch=reader.epoch, step=parts.step, purpose="augment")
             mixed = augment(mixed, draws)
         y = torch.cat([images.labels[parts.positions], parts.labels])
-        labelled = y != _UNLABELLED
+        labelled = y != UNLABELLED
         whole = bool(labelled.all())
         index = torch.cat([parts.positions, offset + parts.rows])
         source = (index >= offset).long()
@@ -380,23 +370,7 @@ def _targets(y: Tensor, source: Tensor, *, classes: int, smoothing: float) -> Te
     """Soft labels (B, K), smoothed where `source` is 1, and zeros where there is no label."""
     share = smoothing * source[:, None].float()
     hard = F.one_hot(y.clamp_min(0), classes).float()
-    return ((1 - share) * hard + share / classes) * (y != _UNLABELLED)[:, None]
-
-
-def _one_ahead(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """The result of each item, worked out in a thread while the consumer still has the one before."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="instar-prefetch")
-    try:
-        pending: Future[_Result] | None = None
-        for item in items:
-            following = thread.submit(work, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-    finally:  # also reached when the consumer stops early or is interrupted
-        thread.shutdown(wait=False, cancel_futures=True)
+    return ((1 - share) * hard + share / classes) * (y != UNLABELLED)[:, None]
 
 
 def _channels_last(info: DatasetInfo) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from instar.errors import UserError
-from instar.evidence import Batch
+from instar.evidence import UNLABELLED, Batch
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _interval(uniform: float, share: float, length: int) -> tuple[int, int]:
 def _partners(batch: Batch, generator: torch.Generator) -> Tensor:
     """Positions (B,): a random permutation that maps labelled to labelled and unlabelled to unlabelled."""
     order = torch.rand(len(batch), generator=generator, device=generator.device, dtype=torch.float64)
-    unlabelled = (batch.y == -1).double()
+    unlabelled = (batch.y == UNLABELLED).double()
     # Both orders list the labelled first and then the unlabelled, once by position and once at random: no size of a
     # group is asked for, for which a GPU would have to be waited for.
     partner = torch.empty_like(batch.y)
@@ -158,7 +158,7 @@ def _labelled(mixed: Batch, classes: int, partner: Tensor, own: float) -> Batch:
 
 def _targets(batch: Batch, classes: int) -> Tensor:
     """Soft labels (B, K) before mixing; rows without a label are 0."""
-    known = (batch.y != -1)[:, None]
+    known = (batch.y != UNLABELLED)[:, None]
     if batch.target is not None:
         if batch.target.shape != (len(batch), classes):
             raise UserError(

@@ -6,8 +6,9 @@ the same epoch from a later step, it gives exactly the batches that an uninterru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.randomness import generator
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def steps_per_epoch(split: Split, batch_size: int, drop_last: bool) -> int:
@@ -113,14 +117,23 @@ def batches(
         >>> batch.x.shape, bool((batch.y == split.images.labels[batch.index]).all())
         (torch.Size([4, 1, 8, 8]), True)
     """
+    steps = steps_between(split, batch_size, drop_last, first_step, limit)
+    # An ordinary function around the generator: arguments are checked when it is called, not at the first batch.
+    return _batches(split, batch_size, epoch, seed, shuffle, augment, torch.device(device), steps)
+
+
+def steps_between(split: Split, batch_size: int, drop_last: bool, first_step: int, limit: int | None) -> range:
+    """The steps of an epoch from `first_step` on, up to its end or `limit`.
+
+    Raises:
+        UserError: a batch size below 1, or a step outside the epoch.
+    """
     total = steps_per_epoch(split, batch_size, drop_last)
     if not 0 <= first_step <= total:
         raise UserError(f"first_step must be in 0..{total} for an epoch of {total} steps; got {first_step}")
     if limit is not None and limit < 0:
         raise UserError(f"limit must be 0 or more steps; got {limit}")
-    last_step = total if limit is None else min(limit, total)
-    # An ordinary function around the generator: arguments are checked when it is called, not at the first batch.
-    return _batches(split, batch_size, epoch, seed, shuffle, augment, torch.device(device), first_step, last_step)
+    return range(first_step, total if limit is None else min(limit, total))
 
 
 def _batches(
@@ -131,13 +144,12 @@ def _batches(
     shuffle: bool,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None,
     device: torch.device,
-    first_step: int,
-    last_step: int,
+    steps: range,
 ) -> Iterator[Batch]:
     order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
-    chunks = [order[step * batch_size : (step + 1) * batch_size] for step in range(first_step, last_step)]
+    chunks = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
     labels = split.images.labels
-    for step, (positions, images) in enumerate(_fetched(split.images, chunks, device), start=first_step):
+    for step, (positions, images) in enumerate(_fetched(split.images, chunks, device), start=steps.start):
         moved = images.to(device, non_blocking=True)
         if augment is not None:
             moved = augment(moved, generator(seed, epoch=epoch, step=step, purpose="augment"))
@@ -151,18 +163,27 @@ def _fetched(images: Images, chunks: list[Tensor], device: torch.device) -> Iter
         for positions in chunks:
             yield positions, resident.fetch(positions)
         return
-    ahead = ThreadPoolExecutor(1, thread_name_prefix="instar-prefetch")
+    yield from one_ahead(lambda positions: (positions, decoded_images(images, positions)), chunks)
+
+
+def one_ahead(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """The result of each item, worked out in a thread while the consumer still has the one before."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="instar-prefetch")
     try:
-        pending: Future[Tensor] | None = None
-        for number, positions in enumerate(chunks):
-            current = pending or ahead.submit(_checked, images, positions)
-            pending = ahead.submit(_checked, images, chunks[number + 1]) if number + 1 < len(chunks) else None
-            yield positions, current.result()
+        pending: Future[_Result] | None = None
+        for item in items:
+            following = thread.submit(work, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
     finally:  # also reached when the consumer stops early or is interrupted
-        ahead.shutdown(wait=False, cancel_futures=True)
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _checked(images: Images, positions: Tensor) -> Tensor:
+def decoded_images(images: Images, positions: Tensor) -> Tensor:
+    """The images at these positions, decoded, with values that were checked."""
     fetched = images.fetch(positions)
     check_values(fetched, what=images.info.name)
     return fetched

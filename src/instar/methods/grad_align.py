@@ -8,13 +8,12 @@ from torch import Tensor
 
 from instar.attacks import PGD, Zero
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.models.precision import without_autocast
 from instar.schedules import Schedule, lowest
 from instar.signals import CrossEntropy, Signal
-from instar.signals.losses import UNLABELLED
 from instar.threat import ball
 
 

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from instar.attacks import PGD, Gaussian
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.schedules import Schedule, Steps
 from instar.signals import KL, CrossEntropy, ProbabilityGap, Signal
-from instar.signals.losses import UNLABELLED
 from instar.threat import ball
 
 

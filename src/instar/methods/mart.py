@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instar.attacks import PGD, Gaussian
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.schedules import Schedule
 from instar.signals import KL, CrossEntropy, Signal
-from instar.signals.losses import UNLABELLED
 from instar.threat import ball
 
 

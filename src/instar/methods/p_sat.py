@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from instar.attacks import PGD, Attack, Start, Uniform
 from instar.attacks.attack import counts
 from instar.errors import UserError, unknown
-from instar.evidence import Adversary, Batch, Evidence
+from instar.evidence import UNLABELLED, Adversary, Batch, Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.models.heads import logit_scale
@@ -21,7 +21,6 @@ from instar.modes import forward_mode, full
 from instar.schedules import Ramp, Schedule, lowest
 from instar.signals import CrossEntropy, Exceeds, Margin, ProbabilityGap, Signal
 from instar.signals.difficulty import check_bound
-from instar.signals.losses import UNLABELLED
 from instar.threat import Ball, ball
 
 

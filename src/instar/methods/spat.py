@@ -10,13 +10,13 @@ from torch import Tensor
 
 from instar.attacks import PGD, Gaussian
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.method import Method
 from instar.models.heads import CosineHead
 from instar.schedules import Schedule
 from instar.signals import Signal
-from instar.signals.losses import UNLABELLED, check_choice
+from instar.signals.losses import check_choice
 from instar.threat import ball
 
 

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from instar.curvature import gauss_newton_curvature, hessian_eigenvalue, softmax_curvature
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.signals.algebra import Signal
 from instar.signals.difficulty import Referenced
-from instar.signals.losses import UNLABELLED
 
 
 @value

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.schedules import Schedule
 from instar.signals.algebra import Signal
-
-UNLABELLED = -1
 
 
 def check_choice(owner: str, name: str, given: object, allowed: tuple[object, ...]) -> None:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instar.errors import UserError
-from instar.evidence import Evidence
+from instar.evidence import UNLABELLED, Evidence
 from instar.expression import value
 from instar.schedules import Schedule
 from instar.signals.algebra import Signal
-from instar.signals.losses import UNLABELLED, check_choice
+from instar.signals.losses import check_choice
 
 
 def mean_one(log_weights: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class GeometryWeight(Signal):
         UserError: An unknown weight function, or a shift that is NaN.
 
     Example:
-        >>> from instar.evidence import Evidence
+        >>> from instar.evidence import UNLABELLED, Evidence
         >>> e = Evidence(x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), kappa=torch.tensor([0, 5, 10]), budget=10)
         >>> GeometryWeight(-1.0)(e)
         tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
@@ -153,7 +153,7 @@ class RankWeight(Signal):
 
     Example:
         >>> from instar.signals import Margin
-        >>> from instar.evidence import Evidence
+        >>> from instar.evidence import UNLABELLED, Evidence
         >>> z = torch.tensor([[1.0, 0.0], [0.0, 3.0], [5.0, 0.0]])
         >>> RankWeight(Margin())(Evidence(x=torch.zeros(3, 1, 1, 1), y=torch.zeros(3).long(), adv=z))
         tensor([0.6667, 1.0000, 0.3333])
