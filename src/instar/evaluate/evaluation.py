@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import importlib.metadata
-import platform
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +17,17 @@ from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evaluate.autoattack import AutoAttack
-from instar.evaluate.examine import budget, examine
+from instar.evaluate.clean import Clean
+from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE, Conditions
+from instar.evaluate.examine import examine
 from instar.evaluate.progress import Progress, silent
-from instar.evaluate.record import Record, Score
-from instar.evaluate.sanity import findings
+from instar.evaluate.record import Record
+from instar.evaluate.recording import recorded, version
 from instar.evaluate.shards import Arrays, Outcome, Shard, Store, fetch, make_folder
 from instar.evaluate.subject import Subject, examined, one_line
 from instar.evaluate.suites import Entry, Suite, build
-from instar.evaluate.targets import Case, Normalization, Wishes, described, resolve
-from instar.expression import number
-from instar.models import origin
-from instar.signals.losses import lead
+from instar.evaluate.targets import Case, Normalization, Wishes, resolve
 from instar.threat import Ball
-
-BATCH_SIZE = 250
-SHARD_SIZE = 500
-PROBE = 8
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What every attack of an evaluation is run under.
-
-    Attributes:
-        seed: Seed of random starts and of AutoAttack.
-        batch_size: Points attacked at a time.
-        shard_size: Points between two saves; AutoAttack's verdicts depend on it, and on nothing like the number of
-            processes.
-    """
-
-    seed: int = 0
-    batch_size: int = BATCH_SIZE
-    shard_size: int = SHARD_SIZE
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
 def evaluate(
@@ -182,13 +151,13 @@ def _judge(
     first, *_ = fetch(split, start=0, stop=min(len(split), conditions.batch_size), device=device)
     with examined(case.model, first, device=device) as subject:
         _check_classes(case, subject)
-        clean = _Clean.measure(case, subject, conditions, report)
+        clean = Clean.measure(case, subject, conditions, report)
         identity = _identity(case, subject, conditions)
         outcomes = {
             entry.name: _attack(entry, case, subject, clean, conditions, store, identity, report)
             for entry in suite.entries
         }
-        record = _record(case, suite, subject, clean, outcomes, conditions, identity)
+        record = recorded(case, suite, subject, clean, outcomes, conditions, identity)
     return record if case.folder is None else record.write(case.folder)
 
 
@@ -212,80 +181,11 @@ def _check_classes(case: Case, subject: Subject) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Clean:
-    """What the model says of the clean images, shard by shard.
-
-    Attributes:
-        prediction: Predicted labels (n,).
-        margin: z_y − max_{j≠y} z_j in logits (n,).
-        label: Labels (n,).
-        index: Official positions (n,).
-        digests: SHA-256 of each shard's images.
-        probes: Logits of each shard's first images.
-        shard_size: Points in a shard.
-        seconds: Time spent.
-    """
-
-    prediction: np.ndarray
-    margin: np.ndarray
-    label: np.ndarray
-    index: np.ndarray
-    digests: tuple[str, ...]
-    probes: tuple[np.ndarray, ...]
-    shard_size: int
-    seconds: float
-
-    @classmethod
-    @torch.no_grad()
-    def measure(cls, case: Case, subject: Subject, conditions: Conditions, report: Progress) -> _Clean:
-        begun = datetime.datetime.now()
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("prediction", "margin", "label", "index")}
-        digests, probes, right = [], [], 0
-        total, step = len(case.split), conditions.shard_size
-        for start in range(0, total, step):
-            x, y, index, digest = fetch(case.split, start=start, stop=min(start + step, total), device=subject.device)
-            # In the same batches in which AutoAttack's reference computes its clean accuracy.
-            logits = torch.cat([subject.model(part) for part in x.split(conditions.batch_size)]).float()
-            if not bool(torch.isfinite(logits).all()):
-                bad = int(index[int((~torch.isfinite(logits)).any(1).nonzero()[0])])
-                raise UserError(f"the model returns NaN or infinity on clean image {bad}: its weights are broken")
-            predicted = logits.argmax(1)
-            for name, found in zip(parts, (predicted, -lead(logits, y), y, index), strict=True):
-                parts[name].append(found.cpu().numpy())
-            digests.append(digest)
-            probes.append(logits[:PROBE].cpu().numpy())
-            right += int((predicted == y).sum())
-            report("clean", min(start + step, total), total, right)
-        joined = {name: np.concatenate(found) for name, found in parts.items()}
-        seconds = (datetime.datetime.now() - begun).total_seconds()
-        return cls(**joined, digests=tuple(digests), probes=tuple(probes), shard_size=step, seconds=seconds)
-
-    @property
-    def correct(self) -> np.ndarray:
-        """Which clean predictions are right (n,)."""
-        return self.prediction == self.label
-
-    def shards(self, case: Case, device: torch.device) -> Iterator[Shard]:
-        """The shards, with their images."""
-        total = len(case.split)
-        for shard_number, start in enumerate(range(0, total, self.shard_size)):
-            stop = min(start + self.shard_size, total)
-            x, y, index, digest = fetch(case.split, start=start, stop=stop, device=device)
-            if digest != self.digests[shard_number]:
-                raise UserError(
-                    f"images {start} to {stop - 1} of {case.split.images.info.title} changed while they were "
-                    "evaluated. Does the data set draw random transforms?"
-                )
-            correct = torch.from_numpy(self.correct[start:stop]).to(device)
-            yield Shard(shard_number, start, x, y, index, correct, digest, self.probes[shard_number])
-
-
 def _attack(
     entry: Entry,
     case: Case,
     subject: Subject,
-    clean: _Clean,
+    clean: Clean,
     conditions: Conditions,
     store: Store,
     identity: dict[str, Any],
@@ -312,6 +212,7 @@ def _attack(
                 shard,
                 seed=conditions.seed,
                 batch_size=conditions.batch_size,
+                everyone=entry.everyone,
                 stored=_known(store.get(key), shard),
                 save=save,
                 tick=tick,
@@ -343,8 +244,9 @@ def _attack(
 
 def _depends(entry: Entry, shard: Shard, identity: dict[str, Any]) -> dict[str, Any]:
     """Everything that an attack's verdicts on a shard depend on."""
-    reference = {"pyautoattack": _version("pyautoattack")} if isinstance(entry.attack, AutoAttack) else {}
-    return {**identity, **reference, "attack": repr(entry.attack), "images": shard.digest}
+    reference = {"pyautoattack": version("pyautoattack")} if isinstance(entry.attack, AutoAttack) else {}
+    scope = {"everyone": True} if entry.everyone else {}
+    return {**identity, **reference, **scope, "attack": repr(entry.attack), "images": shard.digest}
 
 
 def _known(stored: Arrays | None, shard: Shard) -> Arrays | None:
@@ -371,129 +273,3 @@ def _identity(case: Case, subject: Subject, conditions: Conditions) -> dict[str,
         "torch": torch.__version__,
         "instar": instar.__version__,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _record(
-    case: Case,
-    suite: Suite,
-    subject: Subject,
-    clean: _Clean,
-    outcomes: dict[str, Outcome],
-    conditions: Conditions,
-    identity: dict[str, Any],
-) -> Record:
-    count = len(clean.label)
-    worst = clean.correct.copy()
-    broken_by = np.where(clean.correct, "", "clean").astype("U64")
-    columns: Arrays = {}
-    scores = {"clean": Score("clean", int(clean.correct.sum()), count)}
-    for entry in suite.entries:
-        outcome = outcomes[entry.name]
-        scores[entry.name] = Score(entry.title, int(outcome.robust.sum()), count)
-        columns[entry.name] = outcome.robust.astype(np.uint8)
-        broken_by[worst & ~outcome.robust] = entry.name
-        worst &= outcome.robust
-        if outcome.stages:
-            names = np.array([*outcome.stages, ""], dtype="U32")  # −1, for none, picks the last
-            columns[f"{entry.name}_by"] = names[outcome.broken_by]
-    scores["worst_case"] = Score("worst case", int(worst.sum()), count)
-    instances: Arrays = {
-        "index": clean.index,
-        "label": clean.label,
-        "prediction": clean.prediction,
-        "clean_margin": clean.margin.astype(np.float32),
-        "clean": clean.correct.astype(np.uint8),
-        **columns,
-        "worst_case": worst.astype(np.uint8),
-        "broken_by": broken_by,
-    }
-    seconds = {"clean": clean.seconds, **{name: outcome.seconds for name, outcome in outcomes.items()}}
-    return Record(
-        target=case.target,
-        suite=suite.name,
-        checkpoint=case.name,
-        protocol=_protocol(case, suite, subject, clean, conditions, identity),
-        scores=scores,
-        findings=findings(suite.entries, outcomes),
-        instances=instances,
-        run={
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-            "reused": [name for name, outcome in outcomes.items() if outcome.reused],
-        },
-    )
-
-
-def _protocol(
-    case: Case,
-    suite: Suite,
-    subject: Subject,
-    clean: _Clean,
-    conditions: Conditions,
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    """Everything that the numbers depend on, in values JSON can hold."""
-    info = case.split.images.info
-    made = origin(case.model)
-    images = hashlib.sha256(" ".join(clean.digests).encode()).hexdigest()
-    reference = [entry for entry in suite.entries if entry.name == "autoattack"]
-    attacks = {
-        entry.name: {
-            "title": entry.title,
-            "expression": repr(entry.attack),
-            "budget": budget(entry.attack, subject.classes),
-        }
-        for entry in suite.entries
-    }
-    known: dict[str, Any] = {
-        "norm": case.ball.norm,
-        "eps": number(case.ball.radius),
-        "eps_value": case.ball.radius,
-        "attacks": attacks,
-        "robust_if": "the clean prediction is right and no inspected iterate of the attack is misclassified",
-        "n": len(clean.label),
-        "images": described(case.split),
-        "images_sha256": images,
-        "data": {"name": info.name, "title": info.title, "shape": list(info.shape), "classes": len(case.split.classes)},
-        "seed": conditions.seed,
-        "batch_size": conditions.batch_size,
-        "shard_size": conditions.shard_size,
-        "checkpoint": dict(case.checkpoint),
-        "weights_sha256": case.weights,
-        "model": {
-            "architecture": made.architecture if made else type(case.model).__name__,
-            "arguments": dict(made.arguments) if made else None,
-            "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
-            "classes": subject.classes,
-        },
-        "training": dict(case.training),
-        "bn_mode": "eval",
-        "precision": "float32",
-        "folded": subject.folded,
-        "reference_autoattack": any(
-            isinstance(entry.attack, AutoAttack) and entry.attack.is_reference and subject.classes >= 10
-            for entry in reference
-        ),
-        "versions": {
-            "instar": instar.__version__,
-            "torch": torch.__version__,
-            "pyautoattack": _version("pyautoattack"),
-            "python": platform.python_version(),
-        },
-        "device": _device_name(subject.device),
-    }
-    text = repr((sorted(identity.items()), images, known["attacks"], known["norm"], known["eps"]))
-    return {**known, "key": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.machine()}, {torch.get_num_threads()} threads"

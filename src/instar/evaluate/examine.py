@@ -26,6 +26,7 @@ def examine(
     *,
     seed: int,
     batch_size: int,
+    everyone: bool = False,
     stored: Arrays | None = None,
     save: Callable[[Arrays], None] = lambda arrays: None,
     tick: Callable[[float, int], None] = lambda fraction, robust: None,
@@ -38,6 +39,7 @@ def examine(
         shard: The points.
         seed: Seed of random starts.
         batch_size: Points attacked at a time.
+        everyone: Whether points whose clean prediction is wrong are attacked too; AutoAttack never does.
         stored: What `save` was last given, to go on from there; None begins.
         save: Called with all that is needed to go on, after every batch of AutoAttack and at the end of others.
         tick: Called after every batch with the share of the work done and the points standing.
@@ -55,7 +57,7 @@ def examine(
         return Outcome(stored["robust"].astype(bool), none, seconds=float(stored["seconds"]), reused=True)
     begun = time.perf_counter()
     robust = np.zeros(len(shard), dtype=bool)
-    standing = shard.correct.nonzero().flatten()
+    standing = (torch.ones_like(shard.correct) if everyone else shard.correct).nonzero().flatten()
     batches = standing.split(batch_size) if len(standing) else ()  # nothing, split, is one batch of nothing
     for done, rows in enumerate(batches, start=1):
         draws = generator(seed, step=int(shard.index[rows[0]]), purpose=f"evaluate {attack!r}", device=subject.device)

@@ -25,6 +25,10 @@ class Entry:
         name: Its name in records: letters, digits and ``_``.
         title: Its name in tables.
         attack: What is run on every point whose clean prediction is right.
+        counts: Whether it stays within the threat model, so that the worst case counts it; an attack with a larger
+            ball, or a corruption, is a measurement beside it.
+        everyone: Whether it is also run on points whose clean prediction is wrong; its score is then the plain
+            accuracy on the images it makes, as is usual for corruptions.
 
     Raises:
         UserError: A name that records cannot hold.
@@ -33,6 +37,8 @@ class Entry:
     name: str
     title: str
     attack: Attack | AutoAttack
+    counts: bool = True
+    everyone: bool = False
 
     def __post_init__(self) -> None:
         """Check the name."""
@@ -41,6 +47,8 @@ class Entry:
                 f"a column's name must be a word of letters, digits and _, and none of {', '.join(sorted(RESERVED))}; "
                 f"got {self.name!r}"
             )
+        if self.everyone and (self.counts or isinstance(self.attack, AutoAttack)):
+            raise UserError(f"{self.name} attacks points that were wrong before, so it cannot count in the worst case")
 
 
 RESERVED = frozenset({"clean", "worst_case", "index", "label", "prediction", "clean_margin"})

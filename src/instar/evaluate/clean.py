@@ -1,0 +1,94 @@
+"""What a model says of the clean images, which every attack is compared with."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from instar.errors import UserError
+from instar.evaluate.conditions import Conditions
+from instar.evaluate.progress import Progress
+from instar.evaluate.shards import Shard, fetch
+from instar.evaluate.subject import Subject
+from instar.evaluate.targets import Case
+from instar.signals.losses import lead
+
+PROBE = 8
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the model says of the clean images, shard by shard.
+
+    Attributes:
+        prediction: Predicted labels (n,).
+        margin: z_y − max_{j≠y} z_j in logits (n,).
+        label: Labels (n,).
+        index: Official positions (n,).
+        digests: SHA-256 of each shard's images.
+        probes: Logits of each shard's first images.
+        shard_size: Points in a shard.
+        seconds: Time spent.
+    """
+
+    prediction: np.ndarray
+    margin: np.ndarray
+    label: np.ndarray
+    index: np.ndarray
+    digests: tuple[str, ...]
+    probes: tuple[np.ndarray, ...]
+    shard_size: int
+    seconds: float
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, case: Case, subject: Subject, conditions: Conditions, report: Progress) -> Clean:
+        """Run the model on all images, shard by shard.
+
+        Raises:
+            UserError: It returns NaN or infinity.
+        """
+        begun = datetime.datetime.now()
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("prediction", "margin", "label", "index")}
+        digests, probes, right = [], [], 0
+        total, step = len(case.split), conditions.shard_size
+        for start in range(0, total, step):
+            x, y, index, digest = fetch(case.split, start=start, stop=min(start + step, total), device=subject.device)
+            # In the same batches in which AutoAttack's reference computes its clean accuracy.
+            logits = torch.cat([subject.model(part) for part in x.split(conditions.batch_size)]).float()
+            if not bool(torch.isfinite(logits).all()):
+                bad = int(index[int((~torch.isfinite(logits)).any(1).nonzero()[0])])
+                raise UserError(f"the model returns NaN or infinity on clean image {bad}: its weights are broken")
+            predicted = logits.argmax(1)
+            for name, found in zip(parts, (predicted, -lead(logits, y), y, index), strict=True):
+                parts[name].append(found.cpu().numpy())
+            digests.append(digest)
+            probes.append(logits[:PROBE].cpu().numpy())
+            right += int((predicted == y).sum())
+            report("clean", min(start + step, total), total, right)
+        joined = {name: np.concatenate(found) for name, found in parts.items()}
+        seconds = (datetime.datetime.now() - begun).total_seconds()
+        return cls(**joined, digests=tuple(digests), probes=tuple(probes), shard_size=step, seconds=seconds)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which clean predictions are right (n,)."""
+        return self.prediction == self.label
+
+    def shards(self, case: Case, device: torch.device) -> Iterator[Shard]:
+        """The shards, with their images."""
+        total = len(case.split)
+        for shard_number, start in enumerate(range(0, total, self.shard_size)):
+            stop = min(start + self.shard_size, total)
+            x, y, index, digest = fetch(case.split, start=start, stop=stop, device=device)
+            if digest != self.digests[shard_number]:
+                raise UserError(
+                    f"images {start} to {stop - 1} of {case.split.images.info.title} changed while they were "
+                    "evaluated. Does the data set draw random transforms?"
+                )
+            correct = torch.from_numpy(self.correct[start:stop]).to(device)
+            yield Shard(shard_number, start, x, y, index, correct, digest, self.probes[shard_number])
