@@ -1,12 +1,113 @@
-"""Files that appear whole or not at all, whatever happens while they are written."""
+"""Files that appear whole or not at all, whatever happens while they are written, and text read within bounds."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 from instar.errors import UserError
+
+LARGEST_TEXT = 256 * 2**20
+"""Bytes that a text file of ours may have; a log of a million epochs has fewer."""
+
+
+class Readable(Protocol):
+    """Whatever can be read in portions: a file, or one that is unpacked on the way."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, at most `size` of them; none at the end."""
+
+
+def read_bounded(file: Readable, largest: int) -> bytes:
+    """The rest of a file, or its first ``largest + 1`` bytes, by which a caller sees that it is too large.
+
+    Read in portions: asked for so many bytes at once, Python would set aside memory for all of them beforehand.
+    """
+    parts, left = [], largest + 1
+    while left and (part := file.read(min(left, 1 << 24))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def read_text(path: str | os.PathLike[str], *, what: str, largest: int = LARGEST_TEXT) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: The file.
+        what: What to call it in an error, for example ``"evaluation record"``.
+        largest: Bytes that it may have.
+
+    Returns:
+        Its text.
+
+    Raises:
+        UserError: It is missing, too large, no plain file, or no text.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = read_bounded(file, largest)
+        if len(content) > largest:
+            raise UserError(f"cannot read the {what} {path}: it has more than {largest:,} bytes")
+        return content.decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"cannot read the {what} {path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the {what} {path}: it is no text in UTF-8 ({error.reason})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is damaged, nested too deeply, or has numbers too long to be meant.
+
+    Example:
+        >>> parse_json('{"eps": "8/255"}')
+        {'eps': '8/255'}
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike[str], *, what: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Args:
+        path: The file.
+        what: What to call it in an error.
+        largest: Bytes that it may have.
+
+    Returns:
+        The object.
+
+    Raises:
+        UserError: It is missing, too large, damaged, or no object.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "card.json"
+        >>> write_atomically(file, b"[1]")
+        >>> read_json(file, what="card")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        instar.errors.UserError: cannot read the card ...card.json: expected a JSON object; got list
+    """
+    text = read_text(path, what=what, largest=largest)
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"cannot read the {what} {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read the {what} {path}: expected a JSON object; got {type(found).__name__}")
+    return found
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

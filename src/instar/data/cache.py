@@ -79,7 +79,7 @@ def _read(store: Path, key: str, fingerprint: list[list[Any]]) -> tuple[Images, 
             return None
         images = np.load(store / f"{key}-images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(store / f"{key}-labels.npy", allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return None
     fits = images.dtype == np.uint8 and labels.dtype == np.int64 and list(images.shape) == manifest.get("shape")
     return (images, labels) if fits and labels.shape == images.shape[:1] else None

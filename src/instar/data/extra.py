@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import struct
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instar.arrays import Head, read_head
 from instar.data.cache import FOLDER
 from instar.data.catalogue import DatasetInfo
 from instar.data.formats import missing, read_pickle
@@ -37,7 +37,7 @@ from instar.data.splits import Split, TrainSplit
 from instar.errors import UserError
 from instar.evidence import UNLABELLED, Batch
 from instar.randomness import generator
-from instar.storage import write_atomically
+from instar.storage import parse_json, write_atomically
 
 IMAGE_NAMES = ("image", "data")
 """Names under which a file may hold its images; the first that is there counts."""
@@ -419,35 +419,11 @@ def _first_of(names: Iterable[str], wanted: tuple[str, ...], path: Path, what: s
     raise UserError(f"{path}: expected {what} under the name {' or '.join(wanted)}; got {listed or 'no arrays'}")
 
 
-class _Head(NamedTuple):
-    """The header of an array in the format of NumPy, and the number of bytes that it takes."""
-
-    shape: tuple[int, ...]
-    kind: np.dtype[Any]
-    fortran: bool
-    length: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of header and numbers together."""
-        return self.length + math.prod(self.shape) * self.kind.itemsize
-
-
-def _read_head(file: IO[bytes]) -> _Head:
-    start = file.tell()
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):  # 3.0 is for names of fields, and plain numbers have none
-        raise ValueError(f"version {version} of the array format is not expected here")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, kind = read(file)
-    return _Head(shape, kind, fortran, file.tell() - start)
-
-
 def _map(path: Path, start: int) -> npt.NDArray[Any]:
     """The array that begins at byte `start` of a file, mapped and not read."""
     with path.open("rb") as file:
         file.seek(start)
-        head = _read_head(file)
+        head = read_head(file)
     return np.memmap(path, head.kind, "r", offset=start + head.length, shape=head.shape)
 
 
@@ -471,9 +447,9 @@ def _from_npz(path: Path, info: DatasetInfo, store: _Store) -> tuple[npt.NDArray
     return images, labels
 
 
-def _member_head(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Head:
+def _member_head(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Head:
     with archive.open(member) as file:
-        head = _read_head(file)
+        head = read_head(file)
     if head.kind.hasobject:  # its size says nothing, and what it is gets its own message
         return head
     if head.fortran and len(head.shape) > 1:
@@ -574,7 +550,7 @@ class _Store:
             place = self._place(folder, part)
             with suppress(OSError, ValueError):
                 expected = self._stamp() | {"size": place.stat().st_size}
-                if json.loads(place.with_suffix(".json").read_text()) == expected:
+                if parse_json(place.with_suffix(".json").read_text()) == expected:
                     return place
         return None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import math
 import pickle
 import struct
@@ -19,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from instar.errors import UserError
+from instar.storage import parse_json, read_bounded
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
+LARGEST = 2 * 2**30
+"""Bytes that a file may have once unpacked; the largest official one, Tiny ImageNet's, has an eighth of it."""
 _IDX_UBYTE = 0x08
 _CIFAR_PIXELS = 3 * 32 * 32
 
@@ -43,14 +45,19 @@ def missing(path: Path) -> UserError:
 def _content(path: Path) -> bytes:
     """The whole file, unpacked if it is gzip."""
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            content = read_bounded(gzip.GzipFile(fileobj=file) if packed else file, LARGEST)
     except FileNotFoundError:
         raise missing(path) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: expected a complete gzip file; got {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(content) > LARGEST:
+        raise UserError(f"{path}: expected at most {LARGEST:,} bytes; got more")
+    return content
 
 
 def check_labels(labels: npt.NDArray[Any], *, classes: int, path: Path | str) -> Labels:
@@ -178,6 +185,8 @@ class _PickledArray:
     def fill(self, shape: Any, kind: Any, data: Any, order: str) -> None:
         if not isinstance(kind, _PickledType) or kind.code not in ("u1", "|u1", "i4", "<i4", "i8", "<i8", "B"):
             raise pickle.UnpicklingError("arrays of bytes or integers are expected, no other type")
+        if not isinstance(data, (str, bytes, bytearray)):  # bytes(10**12) would be a terabyte of zeros
+            raise pickle.UnpicklingError("the numbers of an array are expected as bytes")
         content = data.encode("latin1") if isinstance(data, str) else bytes(data)
         sizes = tuple(int(size) for size in shape)
         flat = np.frombuffer(content, np.dtype(kind.code))
@@ -387,7 +396,7 @@ def read_row_png(path: Path, *, count: int) -> Images:
             rows = np.asarray(picture)
     except FileNotFoundError:
         raise missing(path) from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: expected a complete PNG; got {str(error).splitlines()[0]}") from None
     return np.ascontiguousarray(rows.reshape(count, 32, 32, 3).transpose(0, 3, 1, 2))
 
@@ -407,7 +416,7 @@ def read_json_labels(path: Path, *, count: int, classes: int) -> Labels:
         UserError: the file is missing, no JSON list, of another length, or holds a label out of range.
     """
     try:
-        found = json.loads(_content(path))
+        found = parse_json(_content(path))
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON list of labels; got {error}") from None
     if not isinstance(found, list) or len(found) != count or not all(type(label) is int for label in found):
