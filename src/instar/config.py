@@ -7,7 +7,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +109,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
+        for entry in dataclasses.fields(self):
+            if not _fits(getattr(self, entry.name), _annotation(entry.name)):
+                wanted = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", "")
+                raise UserError(f"{entry.name} must be {wanted}; got {getattr(self, entry.name)!r}")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -114,9 +121,7 @@ class Settings:
             given = getattr(self, entry.name)
             if isinstance(given, str) and choices and all(isinstance(c, str) for c in choices) and given not in choices:
                 raise unknown(entry.name, given, choices)
-        if not all(isinstance(drop, tuple) and len(drop) == 2 and drop[0] >= 0 for drop in self.drops) or list(
-            self.drops
-        ) != sorted(self.drops):
+        if any(drop[0] < 0 for drop in self.drops) or list(self.drops) != sorted(self.drops):
             raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise UserError(f"lr must be a number of at least 0; got {self.lr}")
@@ -150,6 +155,31 @@ class Settings:
 
 def _annotation(name: str) -> Any:
     return inspect.get_annotations(Settings, eval_str=True)[name]
+
+
+def _fits(given: Any, annotation: Any) -> bool:
+    """Whether a value has the type of a field: a YAML file and a caller from Python may bring any."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(_is(given, option) for option in options)
+
+
+def _is(given: Any, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(given, (int, float)) and not isinstance(given, bool)
+    if kind is int:
+        return isinstance(given, int) and not isinstance(given, bool)
+    if kind is str:
+        return isinstance(given, (str, os.PathLike))
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return isinstance(given, str)  # a wrong name gets the known ones
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        same = len(inner) == 2 and inner[1] is Ellipsis
+        if not isinstance(given, tuple) or not (same or len(given) == len(inner)):
+            return False
+        return all(_is(part, inner[0] if same else inner[place]) for place, part in enumerate(given))
+    return isinstance(given, type(None) if kind is None else kind)
 
 
 def learning_rate(settings: Settings, *, update: int, updates: int) -> float:

@@ -7,14 +7,35 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line with what was expected, what came, and the likely cause.
+    r"""A mistake that the user can mend: one line with what was expected, what came, and the likely cause.
 
     The command line prints the line and exits with status 2; a traceback is never shown for it.
 
     Example:
         >>> str(UserError("eps of Linf must be in [0, 1]; got 8. Did you mean 8/255?"))
         'eps of Linf must be in [0, 1]; got 8. Did you mean 8/255?'
+
+    Messages quote names from files. Line breaks and control characters in them, which would forge lines or move the
+    cursor of a terminal, are shown as what they are:
+
+        >>> str(UserError("no weights at a\x1b[2Jb\nc"))
+        'no weights at a\\x1b[2Jb\\nc'
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""Text on one line: whatever a terminal does not print is written as its escape.
+
+    Example:
+        >>> printable("κ = 3\tand\r\n")
+        'κ = 3\\tand\\r\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

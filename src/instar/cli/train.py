@@ -179,8 +179,8 @@ def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentP
     return made
 
 
-def _change(text: str) -> tuple[str, Any]:
-    path, equals, item = text.partition("=")
+def _change(text: Any) -> tuple[str, Any]:
+    path, equals, item = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not path:
         raise UserError(f"--set takes PATH=VALUE, for example attack.eps=4/255; got {text!r}")
     return path.strip(), read_value(item)
