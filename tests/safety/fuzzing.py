@@ -1,7 +1,7 @@
 """Mutated inputs for everything that reads what a stranger may have written.
 
-A reader may return, or raise `UserError` with a message of one line. Anything else is a crash: another exception, code that
-runs, a file written outside of its folder, memory beyond the bound, or seconds spent on a few kilobytes.
+A reader may return, or raise `UserError` with a message of one line. Anything else is a crash: another exception, code
+that runs, memory beyond the bound of the process, or seconds spent on a few kilobytes.
 """
 
 from __future__ import annotations
@@ -120,11 +120,10 @@ class Watch:
             return
         if event in FORBIDDEN:
             self.seen.append(f"{event} {arguments!r}"[:200])
-        elif event == "exec":
-            # Libraries write methods of data classes as text, and typing evaluates annotations: what names the trap, or
-            # what leads to it, is neither.
-            if SUSPICIOUS & set(getattr(arguments[0], "co_names", ())):
-                self.seen.append(f"exec of {arguments[0]!r}"[:200])
+        # Libraries write methods of data classes as text, and typing evaluates annotations: what names the trap, or
+        # what leads to it, is neither.
+        elif event == "exec" and SUSPICIOUS & set(getattr(arguments[0], "co_names", ())):
+            self.seen.append(f"exec of {arguments[0]!r}"[:200])
 
 
 WATCH = Watch()

@@ -36,7 +36,6 @@ from instar.models import save as save_weights
 from instar.report import read as read_stored
 from instar.runs import read_run
 from instar.train import train
-
 from tests.safety.fuzzing import INTERESTING, Target, sprung
 
 WORDS = tuple(
@@ -117,6 +116,8 @@ YAML_WORDS = (
         b">",
     ),
 )
+HOSTILE_SEEDS = {"file of torch.save": 1, "pickled CIFAR batch": 1}
+"""How many of a target's seeds, at their end, are refused as they are: they would run code."""
 
 
 class Code:
@@ -146,7 +147,8 @@ def expressions() -> list[Target]:
 def configurations(folder: Path) -> list[Target]:
     """Configuration files of the command line."""
     path = folder / "config.yaml"
-    written = "recipe: trades\nbeta: 6.0\neps: 8/255\ndata: digits\nepochs: 3\nset:\n- attack.steps=5\n- perturbation=AWP(5e-3)\n"
+    changes = "set:\n- attack.steps=5\n- perturbation=AWP(5e-3)\n"
+    written = f"recipe: trades\nbeta: 6.0\neps: 8/255\ndata: digits\nepochs: 3\n{changes}"
     seeds = (
         written,
         "data: cifar10\nepochs: 10\nlr: 0.1\n",

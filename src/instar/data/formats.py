@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from instar.data import matlab
 from instar.errors import UserError
 from instar.storage import parse_json, read_bounded
 
@@ -347,21 +348,15 @@ def read_mat(path: Path, *, count: int, classes: int = 10) -> tuple[Images, Labe
         Images (N, 3, 32, 32) and labels (N,), digit d having label d.
 
     Raises:
-        UserError: SciPy is not installed; or the file is missing, cut off, or does not hold X (32, 32, 3, N) and y.
+        UserError: The file is missing, cut off, or does not hold X (32, 32, 3, N) and y.
     """
+    content = _content(path)
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError("SVHN comes as MATLAB files, which SciPy reads; install it: pip install scipy") from None
-    if not path.exists():
-        raise missing(path)
-    try:
-        found = loadmat(str(path), variable_names=["X", "y"])
-    except Exception as error:  # SciPy raises whatever the damage leads it into: zlib.error, TypeError, ValueError ...
-        raise UserError(f"{path}: expected a complete MATLAB 5 file; got {error or type(error).__name__}") from None
+        found = matlab.parse(content, ("X", "y"), largest=LARGEST)
+    except (ValueError, zlib.error, struct.error) as error:
+        raise UserError(f"{path}: expected a complete MATLAB 5 file; got {len(content):,} bytes: {error}") from None
     if "X" not in found or "y" not in found:
-        names = ", ".join(name for name in found if not name.startswith("__")) or "none"
-        raise UserError(f"{path}: expected the variables X and y; got {names}")
+        raise UserError(f"{path}: expected the variables X and y; got {' and '.join(found) or 'neither'}")
     images, labels = found["X"], found["y"].ravel()
     if images.dtype != np.uint8 or images.shape != (32, 32, 3, count) or labels.shape != (count,):
         raise UserError(
