@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from instar.errors import UserError
 from instar.instances import InstanceTable
-from instar.storage import write_atomically
+from instar.storage import parse_json, write_atomically
 
 FORMAT = 1
 
@@ -86,6 +86,24 @@ def save_state(state: State, path: Path, *, fingerprint: str) -> None:
     write_atomically(path, safetensors.torch.save(plain, metadata={"state": json.dumps(numbers)}))
 
 
+def _numbers(text: str) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: It is damaged, or something is missing in it.
+    """
+    found = parse_json(text)
+    if not isinstance(found, dict) or "format" not in found:
+        raise ValueError("it does not say what it is")
+    if found["format"] != FORMAT:
+        return found
+    kinds = {"fingerprint": str, "epoch": int, "step": int, "updates": int, "best": dict, "seconds": (int, float)}
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"its {name} is missing or damaged")
+    return found
+
+
 def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     """Put a saved state back, bit for bit, into freshly made objects.
 
@@ -99,11 +117,11 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     """
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            numbers: dict[str, Any] = json.loads((file.metadata() or {}).get("state", "{}"))
+            numbers = _numbers((file.metadata() or {}).get("state", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to resume from") from None
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the checkpoint {path} is damaged and cannot be resumed from: {error}") from None
     if numbers.get("format") != FORMAT:
         raise UserError(f"the checkpoint {path} has format {numbers.get('format')}; this version reads {FORMAT}")
@@ -113,7 +131,10 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     shared = {name: t for name, t in tensors.items() if name.startswith("shared.")}
     rest = {name: t for name, t in tensors.items() if name not in optimizer and name not in shared}
     current = {name: t for name, t in _tensors(state).items() if not name.startswith(("optimizer.", "shared."))}
-    if set(rest) != set(current) or any(rest[name].shape != current[name].shape for name in current):
+    parameters = dict(state.model.named_parameters())
+    unknown = [name for name in optimizer if name.count(".") < 2 or name.split(".", 2)[2] not in parameters]
+    misfits = set(rest) != set(current) or any(rest[name].shape != current[name].shape for name in current)
+    if misfits or unknown:
         raise UserError(f"the checkpoint {path} holds another architecture or training set than this run")
     with torch.no_grad():
         for name, t in rest.items():
@@ -121,7 +142,6 @@ def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     device = state.table.columns["seen"].device
     state.table.shared.clear()  # and filled in place: the table's dictionary is what the run hands out
     state.table.shared.update({name.removeprefix("shared."): t.to(device) for name, t in shared.items()})
-    parameters = dict(state.model.named_parameters())
     for name, t in optimizer.items():
         _, key, owner = name.split(".", 2)
         parameter = parameters[owner]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from instar.arrays import pack, read_arrays
 from instar.errors import UserError
 from instar.storage import write_atomically
 
@@ -100,10 +97,7 @@ class InstanceTable:
         Raises:
             UserError: The disk is full or read-only.
         """
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {name: column.cpu().numpy() for name, column in self.columns.items()}
-        np.savez_compressed(buffer, **arrays)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, pack({name: column.cpu().numpy() for name, column in self.columns.items()}))
 
 
 def read_instances(path: Path) -> dict[str, np.ndarray]:
@@ -112,9 +106,4 @@ def read_instances(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: The file is missing or damaged.
     """
-    try:
-        # Through memory: numpy leaves a damaged file open.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read the instance table {path}: {error}") from None
+    return read_arrays(path, what="instance table")

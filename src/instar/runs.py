@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from instar.errors import UserError
 from instar.models import load as load_weights
+from instar.storage import read_json
 
 CHECKPOINTS = ("best", "last")
 
@@ -27,15 +27,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         UserError: The folder holds no run, or the file is damaged.
     """
     path = Path(folder) / "run.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no run (there is no {path.name} in it)") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} must hold a JSON object; got {type(stored).__name__}")
-    return stored
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (there is no {path.name} in it)")
+    return read_json(path, what="description of the run")
 
 
 def load(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None = None) -> nn.Module:

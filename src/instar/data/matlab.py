@@ -1,7 +1,7 @@
 """Numeric arrays in MATLAB 5 files, in which SVHN comes.
 
-SciPy reads them too, but its compiled reader trusts the file: some files with a few exchanged bytes end the whole process
-by a bus error instead of an exception. What SVHN needs of the format is this page.
+SciPy reads them too, but its compiled reader trusts the file: some files with a few exchanged bytes end the whole
+process by a bus error instead of an exception. What SVHN needs of the format is this page.
 """
 
 from __future__ import annotations
