@@ -93,11 +93,11 @@ def _numbers(text: str) -> dict[str, Any]:
         ValueError: It is damaged, or something is missing in it.
     """
     found = parse_json(text)
-    if not isinstance(found, dict) or "format" not in found:
+    if not isinstance(found, dict):
         raise ValueError("it does not say what it is")
-    if found["format"] != FORMAT:
+    if found.get("format") != FORMAT:
         return found
-    kinds = {"fingerprint": str, "epoch": int, "step": int, "updates": int, "best": dict, "seconds": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {"fingerprint": str, "epoch": int, "step": int, "updates": int, "best": dict, "seconds": (int, float)}
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"its {name} is missing or damaged")
