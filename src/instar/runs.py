@@ -47,7 +47,7 @@ def load(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None 
         UserError: No run or weights there, or weights of another architecture.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or not (path / "run.json").exists():  # a file, or a folder as the hub has them
         return load_weights(path, model=model)
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}; got {checkpoint!r}")

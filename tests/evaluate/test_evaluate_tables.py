@@ -6,8 +6,9 @@ import pytest
 
 from instar.errors import UserError
 from instar.evaluate import AutoAttack, Entry, Record, Score, fgsm, margin_pgd, pgd, table
-from instar.evaluate.sanity import findings, judge
+from instar.evaluate.sanity import CHECKS, findings, judge
 from instar.evaluate.shards import Outcome
+from instar.evaluate.verdict import conclude
 from instar.threat import Linf
 
 ENTRIES = (
@@ -46,15 +47,16 @@ def test_published_numbers_get_the_verdicts_that_hindsight_gave_them(
     name: str, robust: dict[str, int], verdicts: list[str]
 ) -> None:
     found = findings(ENTRIES, outcomes(**robust))
-    assert [finding.check for finding in found] == [
-        "pgd_minus_autoattack",
-        "pgd_minus_margin",
-        "iterative_minus_single_step",
-    ]
-    assert [finding.verdict for finding in found] == verdicts
-    assert found[0].value == pytest.approx((robust["pgd_20"] - robust["autoattack"]) / 1000)
+    by_check = {finding.check: finding for finding in found}
+    checks = ("pgd_minus_autoattack", "pgd_minus_margin", "iterative_minus_single_step")
+    assert [by_check[check].verdict for check in checks] == verdicts
+    assert set(by_check) == {"headline", *checks, "single_step_minus_iterative"}
+    gap = by_check["pgd_minus_autoattack"]
+    assert gap.value == pytest.approx((robust["pgd_20"] - robust["autoattack"]) / 1000)
+    word = {"PGD-AT": "sound", "TRADES": "sound", "MART": "suspect", "GAIRAT": "suspect"}.get(name, "overestimated")
+    assert conclude(found).word == word
     if name == "GAIRAT":
-        assert "likely overestimated by PGD-20" in found[0].text
+        assert "likely overestimated by PGD-20" in gap.text
 
 
 def test_a_value_at_a_threshold_is_on_the_lower_side() -> None:
@@ -95,6 +97,8 @@ def test_best_and_last_stand_side_by_side_in_markdown() -> None:
         "- best: the best one, epoch 4.\n"
         "- last: the last one, epoch 4.\n"
         "- Percent with 95 % Wilson intervals; 2 min 2 s of computing.\n"
+        f"- Verdict on best: untested: this suite makes none of the {len(CHECKS)} checks.\n"
+        f"- Verdict on last: untested: this suite makes none of the {len(CHECKS)} checks.\n"
     )
 
 
@@ -121,7 +125,17 @@ def test_what_is_suspect_and_what_was_reused_is_said_below_the_table() -> None:
     lines = table.caption([shown, replace(shown, checkpoint="last")])
     assert any(line.startswith("best, suspect: PGD-20 minus AutoAttack is 21.5 ± 2.5 points") for line in lines)
     assert any("reused from an earlier run: pgd_20" in line for line in lines)
-    assert lines[-2] == "last: the best one, epoch 4; the same weights as best."
+    assert lines[-3] == "last: the best one, epoch 4; the same weights as best."
+    assert lines[-1].startswith("Verdict on best: suspect, 4 of 15 checks made; not looked at: ")
+
+
+def test_columns_beside_the_threat_model_are_named_and_diagnoses_are_no_accuracies() -> None:
+    shown = record("best", 431)
+    scores = {**shown.scores, "far": Score("PGD at 1.0", 0, 1000), "no_gradient": Score("no gradient", 990, 1000)}
+    attacks = {"pgd_20": {}, "far": {"counts": False}, "no_gradient": {"counts": False, "diagnosis": True}}
+    shown = replace(shown, scores=scores, protocol={**shown.protocol, "attacks": attacks})
+    assert [title for title, _ in table.rows([shown])] == ["clean", "PGD-20", "PGD at 1.0", "worst case"]
+    assert "best: not in the worst case, because outside of the threat model: PGD at 1.0." in table.caption([shown])
 
 
 def test_headings_tell_records_apart() -> None:

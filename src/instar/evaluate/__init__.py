@@ -9,19 +9,26 @@ Example:
     | accuracy, % | module |
 """
 
-from instar.evaluate import table
+from instar.evaluate import robustbench, table
+from instar.evaluate.adaptive import adaptive, sanity
 from instar.evaluate.autoattack import AutoAttack, Stage
 from instar.evaluate.evaluation import evaluate
+from instar.evaluate.examples import Examples, read_examples
+from instar.evaluate.given import attacks_of
 from instar.evaluate.intervals import Paired, mcnemar, wilson
 from instar.evaluate.progress import Pace, Progress
 from instar.evaluate.record import Record, Score, read
-from instar.evaluate.sanity import Finding
+from instar.evaluate.sanity import CHECKS, Finding
 from instar.evaluate.suites import SUITES, Entry, Suite, auto_attack, fgsm, margin_pgd, pgd, quick, standard
+from instar.evaluate.team import Team
+from instar.evaluate.verdict import Verdict, conclude
 
 __all__ = [
+    "CHECKS",
     "SUITES",
     "AutoAttack",
     "Entry",
+    "Examples",
     "Finding",
     "Pace",
     "Paired",
@@ -30,7 +37,12 @@ __all__ = [
     "Score",
     "Stage",
     "Suite",
+    "Team",
+    "Verdict",
+    "adaptive",
+    "attacks_of",
     "auto_attack",
+    "conclude",
     "evaluate",
     "fgsm",
     "margin_pgd",
@@ -38,6 +50,9 @@ __all__ = [
     "pgd",
     "quick",
     "read",
+    "read_examples",
+    "robustbench",
+    "sanity",
     "standard",
     "table",
     "wilson",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,24 @@ import instar
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
 from instar.errors import UserError
-from instar.evaluate.autoattack import AutoAttack
+from instar.evaluate.black_box import usual_suite
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE, Conditions
-from instar.evaluate.examine import examine
+from instar.evaluate.fitting import fitting
+from instar.evaluate.precision import searcher
 from instar.evaluate.progress import Progress, silent
 from instar.evaluate.record import Record
-from instar.evaluate.recording import recorded, version
-from instar.evaluate.shards import Arrays, Outcome, Shard, Store, fetch, make_folder
+from instar.evaluate.recording import recorded
+from instar.evaluate.shards import Store, fetch, make_folder
 from instar.evaluate.subject import Subject, examined, one_line
-from instar.evaluate.suites import Entry, Suite, build
+from instar.evaluate.suites import Suite, build
 from instar.evaluate.targets import Case, Normalization, Wishes, resolve
+from instar.evaluate.team import Team
+from instar.evaluate.work import TooLargeError, Work
 from instar.threat import Ball
+
+TRIAL = 32
+"""Images that a model is tried with before the batch size is known."""
 
 
 def evaluate(
@@ -38,7 +46,7 @@ def evaluate(
     size: int | None = None,
     model: str | nn.Module | None = None,
     model_arguments: dict[str, Any] | None = None,
-    suite: str | Callable[[Ball], Suite] = "standard",
+    suite: str | Callable[[Ball], Suite] | None = None,
     n: int | None = None,
     checkpoint: str = "both",
     norm: str | None = None,
@@ -50,8 +58,14 @@ def evaluate(
     out: str | Path | None = None,
     progress: Progress | None = None,
     normalize: Normalization = "identity",
+    trust: bool = False,
+    precision: str = "float32",
+    save_examples: bool = False,
+    team: Team | None = None,
 ) -> list[Record]:
     """Measure how robust a model is, and write down what the number depends on.
+
+    An attack that fails leaves a record of the ones before it in ``<out>/partial``.
 
     Finished parts are kept below ``<out>/shards`` under the hash of everything they depend on: the same evaluation
     again computes nothing, a killed one goes on at the last batch of AutoAttack or the last shard of other attacks,
@@ -66,23 +80,34 @@ def evaluate(
         size: Height and width for pictures that are decoded on the fly; None takes the run's.
         model: The network that foreign weights belong to, by name or as a module.
         model_arguments: Further arguments of a network given by name, for example ``{"width": 16}``.
-        suite: ``"standard"``, ``"quick"``, or a function from a ball to a `Suite`.
+        suite: Name of one of `SUITES`, or a function from a ball to a `Suite`. None is ``"standard"``, and for a model
+            without gradients ``"black_box"``.
         n: The first n images only, or n at even distances where images are sorted by class; None takes all.
         checkpoint: Of a run: ``"best"``, ``"last"``, or ``"both"``.
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``; None takes the run's, else the data set's usual one.
         eps: Radius in the unit of inputs in [0, 1], a number or ``"8/255"``; None as for `norm`.
         seed: Seed of random starts and of AutoAttack.
-        batch_size: Images attacked at a time; None is 250, as in AutoAttack's reference.
+        batch_size: Images attacked at a time; None is the 250 of AutoAttack's reference, halved until they fit into
+            memory. Verdicts depend on it, so it is recorded, and a resumed evaluation keeps it.
         shard_size: Images between two saves; None is 500. AutoAttack's random numbers depend on it.
         device: Where to run; ``"auto"`` takes a GPU if there is one.
         out: Folder for records. None is ``evaluations`` in the run folder or beside the weights file; for a module,
             nothing is written then.
         progress: Called as the work proceeds.
         normalize: For foreign weights without normalisation buffers: ``"identity"`` (the network sees [0, 1]),
-            ``"dataset"`` (the data set's mean and standard deviation) or a pair (mean, std).
+            ``"dataset"`` (the data set's mean and standard deviation), ``"auto"`` (what fits some labelled images
+            best), a pair (mean, std) or the same as text, ``"0.5/0.5"``.
+        trust: Whether a TorchScript program may be run; it can run any code.
+        precision: ``"float32"``, or ``"bf16"``: attacks search on a copy in bfloat16 and the model itself confirms
+            what they find. About twice as fast, and no longer the reference AutoAttack; the record says so.
+        save_examples: Whether to write one adversarial example for every broken point, in float32, to
+            ``<suite>-<checkpoint>-examples.safetensors`` (see `instar.evaluate.read_examples`). Attacks that were run
+            before without keeping examples are run again.
+        team: The processes that share the work, ``Team.from_environment()`` under ``torchrun``; None is this one. The
+            record does not depend on their number.
 
     Returns:
-        One record for each checkpoint.
+        One record for each checkpoint; in processes other than the first an empty list.
 
     Raises:
         UserError: Anything about target, data, model or attack that the caller can mend, in one line.
@@ -101,8 +126,10 @@ def evaluate(
         seed=seed,
         batch_size=BATCH_SIZE if batch_size is None else batch_size,
         shard_size=SHARD_SIZE if shard_size is None else shard_size,
+        precision=precision,
     )
-    place = _device(device)
+    team = Team() if team is None else team
+    place = device_named(device, team)
     wishes = Wishes(
         data=data,
         root=root,
@@ -114,17 +141,41 @@ def evaluate(
         eps=eps,
         normalize=normalize,
         out=out,
+        trust=trust,
     )
     report = silent if progress is None else progress
     cases = resolve(target, wishes)
+    if save_examples and any(case.folder is None for case in cases):
+        raise UserError("give out with save_examples: the examples of a module have no folder of their own")
     for folder in {case.folder for case in cases if case.folder is not None}:
         make_folder(folder)  # before hours of work, not after
-    return [_judge(case, build(suite, case.ball), n, conditions, place, report) for case in cases]
+    settings = _Settings(n, conditions, batch_size is None, place, report, team, save_examples)
+    # The reference seeds the current GPU, which would else be the first one for all processes.
+    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        judged = [_judge(case, built(suite, case), settings) for case in cases]
+    return [record for record in judged if record is not None]
 
 
-def _device(name: str | torch.device) -> torch.device:
+def built(suite: str | Callable[[Ball], Suite] | None, case: Case) -> Suite:
+    """The suite that a case is judged by."""
+    named = usual_suite(case.model) if suite is None else suite
+    return build(named, case.ball, shape=case.split.images.info.shape)
+
+
+def device_named(name: str | torch.device, team: Team | None = None) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for a GPU if there is one.
+        team: Processes that share the GPUs of a machine; each gets its own.
+
+    Raises:
+        UserError: There is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name) == "cuda" and team is not None and not team.alone and torch.cuda.device_count():
+        name = f"cuda:{team.local % torch.cuda.device_count()}"
     try:
         # An empty tensor gives a device its number: "cuda" and "cuda:0" must compare equal.
         return torch.empty(0, device=name).device
@@ -132,36 +183,147 @@ def _device(name: str | torch.device) -> torch.device:
         raise UserError(f"device {str(name)!r} cannot be used here: {one_line(error)}") from None
 
 
-def _some(split: Split, n: int) -> Split:
-    """The first n images, or n at even distances where the official order is one of classes."""
+def some_of(split: Split, n: int) -> Split:
+    """The first n images, or n at even distances where the official order is one of classes.
+
+    Args:
+        split: Where they come from.
+        n: How many; more than there are means all.
+    """
     by_class = len(split) > n and len(split.labels.unique()) > 1 and bool((split.labels.diff() >= 0).all())
     return split.spread(n) if by_class else split.first(n)
 
 
-def _judge(
-    case: Case, suite: Suite, n: int | None, conditions: Conditions, device: torch.device, report: Progress
-) -> Record:
-    """Evaluate one case."""
-    split = case.split if n is None else _some(case.split, n)
+@dataclass(frozen=True)
+class _Settings:
+    """What all cases of a call share.
+
+    Attributes:
+        n: Number of images, or None for what the suite says.
+        conditions: What attacks are run under.
+        automatic: Whether the batch size is chosen here.
+        device: Where to run.
+        report: Hears how far it is.
+        team: The processes.
+        examples: Whether adversarial examples are kept.
+    """
+
+    n: int | None
+    conditions: Conditions
+    automatic: bool
+    device: torch.device
+    report: Progress
+    team: Team
+    examples: bool
+
+
+def _judge(case: Case, suite: Suite, settings: _Settings) -> Record | None:
+    """Evaluate one case; None in all processes but the first."""
+    n = suite.images if settings.n is None else settings.n
+    split = case.split if n is None else some_of(case.split, n)
     if len(split) == 0:
         raise UserError(f"there is nothing to evaluate on: {split.images.info.title} has no such images")
-    _check_labels(case, split.labels)
+    check_labels(case, split.labels)
     case = Case(**{**case.__dict__, "split": split})
     store = Store(None if case.folder is None else case.folder / "shards")
-    first, *_ = fetch(split, start=0, stop=min(len(split), conditions.batch_size), device=device)
-    with examined(case.model, first, device=device) as subject:
-        _check_classes(case, subject)
-        clean = Clean.measure(case, subject, conditions, report)
-        identity = _identity(case, subject, conditions)
-        outcomes = {
-            entry.name: _attack(entry, case, subject, clean, conditions, store, identity, report)
-            for entry in suite.entries
-        }
-        record = recorded(case, suite, subject, clean, outcomes, conditions, identity)
-    return record if case.folder is None else record.write(case.folder)
+    conditions = settings.conditions
+    trial = min(conditions.batch_size, TRIAL) if settings.automatic else conditions.batch_size
+    first, *_ = fetch(split, start=0, stop=min(len(split), trial), device=settings.device)
+    with examined(case.model, first, device=settings.device) as subject:
+        check_classes(case, subject)
+        search = searcher(subject, first, precision=conditions.precision)
+        if settings.automatic:
+            conditions = replace(conditions, batch_size=_batch_size(case, subject, first[:1], store, settings))
+        while True:
+            try:
+                return _examined(case, suite, subject, search, conditions, store, settings)
+            except TooLargeError as error:
+                # Only what is chosen here can be chosen again, and only where nobody else has chosen the same.
+                if not settings.automatic or not settings.team.alone or conditions.batch_size == 1:
+                    raise UserError(str(error)) from None
+                conditions = replace(conditions, batch_size=conditions.batch_size // 2)
+                _remember(case, subject, store, settings, conditions.batch_size)
 
 
-def _check_labels(case: Case, labels: torch.Tensor) -> None:
+def _examined(
+    case: Case,
+    suite: Suite,
+    subject: Subject,
+    search: nn.Module | None,
+    conditions: Conditions,
+    store: Store,
+    settings: _Settings,
+) -> Record | None:
+    """Run a suite on a model that is ready for it."""
+    team = settings.team
+    name = team.next_evaluation()
+    clean = Clean.measure(case, subject, conditions, settings.report if team.leads else silent)
+    identity = _identity(case, subject, conditions)
+    team.agree(f"{name}/identity", f"{sorted(identity.items())} {clean.digests}", what="model, data or settings")
+    work = Work(
+        name=name,
+        case=case,
+        entries=suite.entries,
+        subject=subject,
+        clean=clean,
+        conditions=conditions,
+        store=store,
+        identity=identity,
+        team=team,
+        report=settings.report,
+        search=search,
+        examples=settings.examples,
+    )
+    try:
+        work.do()
+        if not team.leads:
+            return None
+        work.wait()
+    except Exception as error:
+        if team.leads and case.folder is not None and not isinstance(error, TooLargeError):
+            with contextlib.suppress(UserError):  # the first mistake is the one to tell of
+                done = work.finished()
+                some = replace(suite, entries=tuple(entry for entry in suite.entries if entry.name in done))
+                recorded(case, some, subject, clean, done, conditions, identity, team.size).write_partial(
+                    case.folder, stopped=str(error)
+                )
+        raise
+    record = recorded(case, suite, subject, clean, work.finished(), conditions, identity, team.size)
+    if case.folder is None:
+        return record
+    if settings.examples:
+        work.gather(record.instances["broken_by"]).write(case.folder / f"{suite.name}-{case.name}-examples.safetensors")
+    return record.write(case.folder)
+
+
+def _batch_size(case: Case, subject: Subject, image: torch.Tensor, store: Store, settings: _Settings) -> int:
+    """What fits here; a choice made before stands, since verdicts depend on it."""
+    known = store.get(_choice(case, subject, settings))
+    team = settings.team
+    sharing = team.size if settings.device.type == "cpu" else 1
+    size = fitting(subject, image, processes=sharing) if known is None else int(known["batch_size"])
+    size = team.fewest(f"{team.next_evaluation()}/batch size", size)
+    if team.leads and known is None:
+        _remember(case, subject, store, settings, size)
+    return size
+
+
+def _choice(case: Case, subject: Subject, settings: _Settings) -> str:
+    """The name under which a chosen batch size is kept."""
+    identity = _identity(case, subject, replace(settings.conditions, batch_size=1))
+    return Store.key("batch_size", 0, identity)
+
+
+def _remember(case: Case, subject: Subject, store: Store, settings: _Settings, size: int) -> None:
+    store.put(_choice(case, subject, settings), {"batch_size": np.array(size)})
+
+
+def check_labels(case: Case, labels: torch.Tensor) -> None:
+    """Refuse labels (n,) beyond the classes of a case's data set.
+
+    Raises:
+        UserError: There are some.
+    """
     count = len(case.split.classes)
     if int(labels.min()) < 0 or int(labels.max()) >= count:
         raise UserError(
@@ -170,7 +332,12 @@ def _check_labels(case: Case, labels: torch.Tensor) -> None:
         )
 
 
-def _check_classes(case: Case, subject: Subject) -> None:
+def check_classes(case: Case, subject: Subject) -> None:
+    """Refuse a model that does not have the outputs which its data set needs.
+
+    Raises:
+        UserError: It has fewer, or others than a registered data set has classes.
+    """
     wanted = len(case.split.classes)
     # Data given without class names are known by their largest label only, so more outputs than that are no mistake.
     named = case.split.images.info.name in CATALOGUE
@@ -179,82 +346,6 @@ def _check_classes(case: Case, subject: Subject) -> None:
             f"the model has {subject.classes} outputs, but {case.split.images.info.title} has {wanted} classes. Is it "
             "made for another data set?"
         )
-
-
-def _attack(
-    entry: Entry,
-    case: Case,
-    subject: Subject,
-    clean: Clean,
-    conditions: Conditions,
-    store: Store,
-    identity: dict[str, Any],
-    report: Progress,
-) -> Outcome:
-    """Run one attack on all shards, taking over what is stored."""
-    total = len(case.split)
-    found: list[Outcome] = []
-    report(entry.name, 0, total, 0)
-    for shard in clean.shards(case, subject.device):
-        before = sum(int(outcome.robust.sum()) for outcome in found)
-        key = store.key(type(entry.attack).__name__.lower(), shard.number, _depends(entry, shard, identity))
-
-        def save(arrays: Arrays, key: str = key, shard: Shard = shard) -> None:
-            store.put(key, {**arrays, "probe": shard.probe})
-
-        def tick(fraction: float, robust: int, shard: Shard = shard, before: int = before) -> None:
-            report(entry.name, shard.start + int(fraction * len(shard)), total, before + robust)
-
-        try:
-            outcome = examine(
-                entry.attack,
-                subject,
-                shard,
-                seed=conditions.seed,
-                batch_size=conditions.batch_size,
-                everyone=entry.everyone,
-                stored=_known(store.get(key), shard),
-                save=save,
-                tick=tick,
-            )
-        except UserError:
-            raise
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{entry.title} needs more memory than there is for {conditions.batch_size} images at a time; give a "
-                "smaller batch_size"
-            ) from None
-        except Exception as error:  # foreign models fail in any way, also midway; what was computed is kept
-            kept = "" if store.folder is None else f"; what was finished is kept in {store.folder}"
-            raise UserError(
-                f"{entry.title} stopped at images {shard.start} to {shard.start + len(shard) - 1}: "
-                f"{type(error).__name__}: {one_line(error)}{kept}"
-            ) from error
-        found.append(outcome)
-        report(entry.name, shard.start + len(shard), total, before + int(outcome.robust.sum()))
-    return Outcome(
-        robust=np.concatenate([outcome.robust for outcome in found]),
-        broken_by=np.concatenate([outcome.broken_by for outcome in found]),
-        stages=found[0].stages,
-        flags=tuple(sorted({flag for outcome in found for flag in outcome.flags})),
-        seconds=sum(outcome.seconds for outcome in found),
-        reused=all(outcome.reused for outcome in found),
-    )
-
-
-def _depends(entry: Entry, shard: Shard, identity: dict[str, Any]) -> dict[str, Any]:
-    """Everything that an attack's verdicts on a shard depend on."""
-    reference = {"pyautoattack": version("pyautoattack")} if isinstance(entry.attack, AutoAttack) else {}
-    scope = {"everyone": True} if entry.everyone else {}
-    return {**identity, **reference, **scope, "attack": repr(entry.attack), "images": shard.digest}
-
-
-def _known(stored: Arrays | None, shard: Shard) -> Arrays | None:
-    """What is stored, if it belongs to this model: equal weights do not make equal models (a changed logit scale)."""
-    if stored is None or stored.get("probe") is None or stored["probe"].shape != shard.probe.shape:
-        return None
-    size = float(np.abs(shard.probe).max())
-    return stored if np.allclose(stored["probe"], shard.probe, rtol=1e-3, atol=1e-4 * size) else None
 
 
 def _identity(case: Case, subject: Subject, conditions: Conditions) -> dict[str, Any]:
@@ -267,7 +358,7 @@ def _identity(case: Case, subject: Subject, conditions: Conditions) -> dict[str,
         "seed": conditions.seed,
         "batch_size": conditions.batch_size,
         "shard_size": conditions.shard_size,
-        "precision": "float32",
+        "precision": conditions.precision,
         "folded": subject.folded,
         "device": subject.device.type,
         "torch": torch.__version__,

@@ -3,12 +3,15 @@
 ``standard-best.json`` holds the protocol, the accuracies with their intervals, and what the sanity checks found.
 ``standard-best.npz`` holds, for every image, plain arrays (n,): ``index`` (official position), ``label``,
 ``prediction`` (clean), ``clean_margin`` (z_y − max_{j≠y} z_j, in logits), ``clean`` (1: right), one uint8 column for
-each attack (1: withstood it), ``worst_case`` (1: withstood all), and ``broken_by`` (the first column that broke it,
-``"clean"`` for a wrong clean prediction, or ``""``); AutoAttack adds ``autoattack_by``, the stage that broke it.
+each attack (1: withstood it), ``adv_margin`` (the smallest margin of the images that attacks returned, the clean one
+included: below 0 where a point is broken, and else how near they came), ``worst_case`` (1: withstood all), and
+``broken_by`` (the first column that broke it, ``"clean"`` for a wrong clean prediction, or ``""``); AutoAttack adds
+``autoattack_by``, the stage that broke it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
@@ -21,9 +24,12 @@ from instar.errors import UserError
 from instar.evaluate.intervals import wilson
 from instar.evaluate.sanity import Finding
 from instar.evaluate.shards import Arrays, make_folder, packed, unpacked
+from instar.evaluate.verdict import SOUND, Verdict, conclude
 from instar.storage import write_atomically
 
 FORMAT = 1
+PARTIAL = "partial"
+"""Folder, below that of the records, of those of evaluations that could not go on."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,13 @@ class Record:
 
     @property
     def suspect(self) -> bool:
-        """Whether any check says that the number is suspect."""
-        return any(finding.verdict == "suspect" for finding in self.findings)
+        """Whether any check says that the number is suspect, or that it is overestimated."""
+        return self.verdict.word != SOUND
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the findings come to: sound, suspect or overestimated."""
+        return conclude(self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """The record as it is written, without the rows for images.
@@ -114,6 +125,7 @@ class Record:
             "checkpoint": self.checkpoint,
             "protocol": dict(self.protocol),
             "results": {name: score.to_json() for name, score in self.scores.items()},
+            "verdict": self.verdict.to_json(),
             "findings": [asdict(finding) for finding in self.findings],
             "run": dict(self.run),
         }
@@ -132,7 +144,31 @@ class Record:
         Raises:
             UserError: The disk is full or read-only.
         """
-        target = Path(folder) / f"{self.suite}-{self.checkpoint}.json"
+        written = self._put(Path(folder))
+        for suffix in (".json", ".npz"):
+            partial = Path(folder) / PARTIAL / f"{self.suite}-{self.checkpoint}{suffix}"
+            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # absent, or there are other records in it
+            (Path(folder) / PARTIAL).rmdir()
+        return written
+
+    def write_partial(self, folder: str | os.PathLike[str], *, stopped: str) -> Record:
+        """Write what is known of an evaluation that could not go on, to the folder ``partial`` below.
+
+        Args:
+            folder: Where the whole record would be written; doing so removes the partial one.
+            stopped: Why it could not go on.
+
+        Returns:
+            This record with its path.
+
+        Raises:
+            UserError: The disk is full or read-only.
+        """
+        return replace(self, run={**self.run, "stopped": stopped})._put(Path(folder) / PARTIAL)
+
+    def _put(self, folder: Path) -> Record:
+        target = folder / f"{self.suite}-{self.checkpoint}.json"
         make_folder(target.parent)
         _keep_other(target, self.protocol)
         write_atomically(target.with_suffix(".npz"), packed(self.instances))

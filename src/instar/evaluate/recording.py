@@ -16,6 +16,7 @@ from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import Conditions
 from instar.evaluate.examine import budget
+from instar.evaluate.finding import SUSPECT, Finding
 from instar.evaluate.record import Record, Score
 from instar.evaluate.sanity import findings
 from instar.evaluate.shards import Arrays, Outcome
@@ -34,6 +35,7 @@ def recorded(
     outcomes: dict[str, Outcome],
     conditions: Conditions,
     identity: dict[str, Any],
+    processes: int = 1,
 ) -> Record:
     """The record of an evaluation, from what the model said of clean images and what each attack did.
 
@@ -45,6 +47,7 @@ def recorded(
         outcomes: By name of the suite's entries.
         conditions: What every attack was run under.
         identity: What all verdicts depend on besides images and attack.
+        processes: How many processes shared the work.
 
     Returns:
         The record, not yet written.
@@ -52,6 +55,7 @@ def recorded(
     count = len(clean.label)
     worst = clean.correct.copy()
     broken_by = np.where(clean.correct, "", "clean").astype("U64")
+    margin = clean.margin.astype(np.float32)
     columns: Arrays = {}
     scores = {"clean": Score("clean", int(clean.correct.sum()), count)}
     for entry in suite.entries:
@@ -61,6 +65,8 @@ def recorded(
         if entry.counts:
             broken_by[worst & ~outcome.robust] = entry.name
             worst &= outcome.robust
+            if outcome.margin is not None:
+                margin = np.fmin(margin, outcome.margin)  # NaN where the point was not attacked
         if outcome.stages:
             names = np.array([*outcome.stages, ""], dtype="U32")  # −1, for none, picks the last
             columns[f"{entry.name}_by"] = names[outcome.broken_by]
@@ -72,6 +78,7 @@ def recorded(
         "clean_margin": clean.margin.astype(np.float32),
         "clean": clean.correct.astype(np.uint8),
         **columns,
+        "adv_margin": margin,
         "worst_case": worst.astype(np.uint8),
         "broken_by": broken_by,
     }
@@ -82,14 +89,25 @@ def recorded(
         checkpoint=case.name,
         protocol=_protocol(case, suite, subject, clean, conditions, identity),
         scores=scores,
-        findings=findings(suite.entries, outcomes),
+        findings=_with_randomness(findings(suite.entries, outcomes, correct=clean.correct), clean),
         instances=instances,
         run={
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
             "reused": [name for name, outcome in outcomes.items() if outcome.reused],
+            "processes": processes,
+            "threads": torch.get_num_threads(),
         },
     )
+
+
+def _with_randomness(found: tuple[Finding, ...], clean: Clean) -> tuple[Finding, ...]:
+    """What the checks found, and that the model is random if none of them could say so."""
+    if not clean.random or any(finding.check == "randomised" for finding in found):
+        return found
+    text = "outputs differ from call to call: attacks that do not average over them understate what is possible"
+    source = "two passes over the same images; checks of the AutoAttack reference code"
+    return (*found, Finding("randomised", SUSPECT, 1.0, None, 0.0, 0.0, text, source))
 
 
 def _protocol(
@@ -102,6 +120,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, in values JSON can hold."""
     info = case.split.images.info
+    exact = conditions.precision == "float32"
     made = origin(case.model)
     images = hashlib.sha256(" ".join(clean.digests).encode()).hexdigest()
     reference = [entry for entry in suite.entries if entry.name == "autoattack"]
@@ -110,6 +129,8 @@ def _protocol(
             "title": entry.title,
             "expression": repr(entry.attack),
             "budget": budget(entry.attack, subject.classes),
+            **({} if entry.counts else {"counts": False}),
+            **({"diagnosis": True} if entry.diagnosis else {}),
         }
         for entry in suite.entries
     }
@@ -136,10 +157,10 @@ def _protocol(
         },
         "training": dict(case.training),
         "bn_mode": "eval",
-        "precision": "float32",
+        "precision": "float32" if exact else "bf16 search, confirmed in float32",
         "folded": subject.folded,
         "reference_autoattack": any(
-            isinstance(entry.attack, AutoAttack) and entry.attack.is_reference and subject.classes >= 10
+            exact and isinstance(entry.attack, AutoAttack) and entry.attack.is_reference and subject.classes >= 10
             for entry in reference
         ),
         "versions": {
@@ -157,7 +178,7 @@ def _protocol(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device.type}: {platform.machine()}"
 
 
 def version(package: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from instar.errors import UserError
 from instar.storage import write_atomically
 
 Arrays = dict[str, np.ndarray]
+Keep = Callable[[int, int, np.ndarray, Tensor], None]
+"""Takes examples that broke points: stage, position within the stage, rows of the shard (m,), images (m, C, H, W)."""
+
+
+def keep_nothing(stage: int, position: int, rows: np.ndarray, images: Tensor) -> None:
+    """For evaluations that keep no examples."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class Outcome:
         flags: Warnings of the reference code, as short names.
         seconds: Time spent, over all the attempts it took.
         reused: Whether nothing had to be computed.
+        margin: Smallest z_y − max_{j≠y} z_j of the images that the attack returned (n,), in logits: below 0 where it
+            broke the point (0 if it left the misclassified image again), NaN where it was not attacked. None if nobody
+            measured it.
     """
 
     robust: np.ndarray
@@ -70,6 +79,46 @@ class Outcome:
     flags: tuple[str, ...] = ()
     seconds: float = 0.0
     reused: bool = False
+    margin: np.ndarray | None = None
+
+    def to_arrays(self) -> Arrays:
+        """The outcome as plain arrays, for another process."""
+        return {
+            "robust": self.robust,
+            "broken_by": self.broken_by,
+            "stages": np.array(self.stages, dtype="U32"),
+            "flags": np.array(self.flags, dtype="U32"),
+            "seconds": np.array(self.seconds),
+            "reused": np.array(self.reused),
+            **({} if self.margin is None else {"margin": self.margin}),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Outcome:
+        """The outcome that `to_arrays` wrote."""
+        return cls(
+            robust=arrays["robust"],
+            broken_by=arrays["broken_by"],
+            stages=tuple(arrays["stages"].tolist()),
+            flags=tuple(arrays["flags"].tolist()),
+            seconds=float(arrays["seconds"]),
+            reused=bool(arrays["reused"]),
+            margin=arrays.get("margin"),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Outcome]) -> Outcome:
+        """The outcome of all shards of an attack, in order."""
+        margins = [part.margin for part in parts if part.margin is not None]
+        return cls(
+            robust=np.concatenate([part.robust for part in parts]),
+            broken_by=np.concatenate([part.broken_by for part in parts]),
+            stages=parts[0].stages,
+            flags=tuple(sorted({flag for part in parts for flag in part.flags})),
+            seconds=sum(part.seconds for part in parts),
+            reused=all(part.reused for part in parts),
+            margin=np.concatenate(margins) if len(margins) == len(parts) else None,
+        )
 
 
 def fetch(split: Split, *, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, str]:

@@ -38,6 +38,11 @@ class Subject:
         """Whether there is a faster copy."""
         return self.stand_in is not self.model
 
+    @property
+    def black_box(self) -> bool:
+        """Whether only attacks without gradients can be run."""
+        return is_black_box(self.model)
+
 
 @contextlib.contextmanager
 def examined(model: nn.Module, images: Tensor, *, device: torch.device) -> Iterator[Subject]:
@@ -118,6 +123,8 @@ def check_logits(model: nn.Module, images: Tensor) -> int:
         raise UserError(
             f"there is not enough memory for {shape[0]} images {shape[1:]} at a time; give a smaller batch_size"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # any failure of the model means the same: it cannot be evaluated on these images
         raise UserError(
             f"the model failed on images of shape {shape}: {type(error).__name__}: {one_line(error)}. Is it made for "
@@ -143,8 +150,20 @@ def check_logits(model: nn.Module, images: Tensor) -> int:
     return int(logits.shape[1])
 
 
+def is_black_box(model: nn.Module) -> bool:
+    """Whether a model gives no gradients: it, or a part of it, has an attribute ``black_box`` that is true.
+
+    Example:
+        >>> is_black_box(nn.Linear(2, 2))
+        False
+    """
+    return any(getattr(module, "black_box", False) is True for module in model.modules())
+
+
 def _stand_in(model: nn.Module, images: Tensor) -> nn.Module:
     """The folded copy if there is one that gives the same logits, else the model."""
+    if is_black_box(model):
+        return model
     try:
         return fold(model, images)
     except FoldingError:

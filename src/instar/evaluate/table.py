@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instar.errors import UserError
+from instar.evaluate import beyond
 from instar.evaluate.progress import spoken
 from instar.evaluate.record import Record, Score
 
@@ -30,9 +31,16 @@ def rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         raise UserError("there is no record to show")
     names: list[str] = []
     for record in records:
-        names += [name for name in record.scores if name not in names and name != "worst_case"]
+        hidden = {"worst_case", *_marked(record, "diagnosis", True)}
+        names += [name for name in record.scores if name not in {*names, *hidden} and not beyond.is_cell(name)]
     titles = {name: score.title for record in records for name, score in record.scores.items()}
-    return [(titles[name], [_cell(record.scores.get(name)) for record in records]) for name in [*names, "worst_case"]]
+    found = [(titles[name], [_cell(record.scores.get(name)) for record in records]) for name in [*names, "worst_case"]]
+    return [*found[:-1], *beyond.rows(records), found[-1]]
+
+
+def _marked(record: Record, mark: str, value: bool) -> list[str]:
+    """The columns of a record that its protocol marks so."""
+    return [name for name, attack in record.protocol.get("attacks", {}).items() if attack.get(mark) is value]
 
 
 def _cell(score: Score | None) -> str:
@@ -52,7 +60,7 @@ def headings(records: Sequence[Record]) -> list[str]:
 
 
 def caption(records: Sequence[Record]) -> list[str]:
-    """What must be known beside the numbers: threat model, images, precision, checkpoint rules, and what is suspect.
+    """What must be known beside the numbers: threat model, images, precision, checkpoint rules, findings, verdict.
 
     Args:
         records: The records of the table.
@@ -73,10 +81,18 @@ def caption(records: Sequence[Record]) -> list[str]:
             continue
         lines.append(f"{name}: {checkpoint['rule']}{epoch}.")
         lines += [f"{name}, {f.verdict}: {f.text}." for f in record.findings if f.verdict != "normal"]
+        hidden = _marked(record, "diagnosis", True)
+        outside = (column for column in _marked(record, "counts", False) if not beyond.is_cell(column))
+        beside = [record.scores[column].title for column in outside if column not in hidden]
+        if beside:
+            lines.append(f"{name}: not in the worst case, because outside of the threat model: {', '.join(beside)}.")
         if record.run.get("reused"):
             lines.append(f"{name}: reused from an earlier run: {', '.join(record.run['reused'])}.")
     spent = {record.protocol["key"]: sum(record.run.get("seconds", {}).values()) for record in records}
     lines.append(f"Percent with 95 % Wilson intervals; {spoken(sum(spent.values()))} of computing.")
+    for name, record in zip(headings(records), records, strict=True):
+        if seen[record.protocol["key"]] == name:
+            lines.append(f"Verdict on {name}: {record.verdict.short}.")
     return lines
 
 
@@ -112,7 +128,9 @@ def render(records: Sequence[Record]) -> Group:
     for number, (title, values) in enumerate(cells):
         table.add_row(title, *values, end_section=number in (0, len(cells) - 2))
     # Not the table's own caption, which is wrapped to the table's width.
-    return Group(table, *(Text(line) for line in caption(records)))
+    grids = (beyond.render(record) for record in records if beyond.corrupted(record) is not None)
+    notes = dict.fromkeys(note for record in records for note in beyond.notes(record))
+    return Group(table, *grids, *(Text(line) for line in (*caption(records), *notes)))
 
 
 def plain(records: Sequence[Record], *, width: int = 120) -> str:
@@ -142,4 +160,8 @@ def markdown(records: Sequence[Record]) -> str:
     names = headings(records)
     lines = [f"| accuracy, % | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     lines += [f"| {title} | {' | '.join(values)} |" for title, values in rows(records)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in caption(records))]) + "\n"
+    for record in records:
+        if beyond.corrupted(record) is not None:
+            lines += ["", beyond.markdown(record).rstrip()]
+    notes = dict.fromkeys(note for record in records for note in beyond.notes(record))
+    return "\n".join([*lines, "", *(f"- {line}" for line in (*caption(records), *notes))]) + "\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,20 @@ from instar.data import Images, TestSplit, from_dataset, load
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
 from instar.errors import UserError, unknown
+from instar.evaluate.normalization import Normalization as Normalization
+from instar.evaluate.normalization import Statistics, detect, wanted
 from instar.expression import parse
 from instar.models import create, load_foreign, origin, read_card
 from instar.models import load as load_weights
+from instar.models.files import HUB_WEIGHTS, card_of, weights_of
+from instar.models.onnx import OnnxClassifier
+from instar.models.reading import absent, kind
+from instar.models.registry import Normalized
+from instar.models.torchscript import load_torchscript
 from instar.runs import read_run
 from instar.threat import Ball, ball
 
 CHECKPOINTS = ("best", "last")
-Normalization = str | tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,15 @@ class Wishes:
     eps: float | str | None = None
     normalize: Normalization = "identity"
     out: str | Path | None = None
+    trust: bool = False
 
 
 def resolve(target: Any, wishes: Wishes) -> list[Case]:
     """The cases that a target stands for: best and last for a run, one for anything else.
 
     Args:
-        target: Path of a run folder or of a weights file, or a module.
+        target: Path of a run folder, of a folder of the hub, of a weights file, of an ONNX model or of a TorchScript
+            program (with ``trust`` only), or a module.
         wishes: What else was said.
 
     Returns:
@@ -86,6 +95,8 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
     if isinstance(target, nn.Module):
         return [_module(target, wishes)]
     path = Path(target).expanduser()
+    if path.is_dir() and (path / HUB_WEIGHTS).is_file() and not (path / "run.json").exists():
+        return [_file(path / HUB_WEIGHTS, wishes)]
     if path.is_dir():
         return _run(path, wishes)
     if not path.exists():
@@ -149,6 +160,12 @@ def _used(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file(path: Path, wishes: Wishes) -> Case:
+    path = weights_of(path) if path.suffix == ".json" else path
+    if not path.is_file():
+        raise absent(path)
+    what = kind(path)
+    if what == "torchscript" and not wishes.trust:
+        load_torchscript(path)  # refuses, before a large data set is read
     card = _card(path)
     named = _named(card.get("data") or card.get("dataset"))
     if wishes.data is None and named["name"] is None:
@@ -156,26 +173,76 @@ def _file(path: Path, wishes: Wishes) -> Case:
     split = _split(named["name"] if wishes.data is None else wishes.data, wishes, named.get("size"))
     threat = _ball(wishes, card.get("threat"), split)
     checkpoint: dict[str, Any] = {"which": path.stem, "rule": "chosen by whoever gave the file", "file": path.name}
-    if card:
+    if what in ("onnx", "torchscript"):
+        model = OnnxClassifier(path) if what == "onnx" else load_torchscript(path, trust=wishes.trust)
+        model, checkpoint["loaded"] = _normalised(model, wishes, split)
+        weights = _sha256(path)
+        if card and card["sha256"] != weights:
+            raise UserError(f"{path} does not belong to its card: the sha256 differs. Was one of them replaced?")
+        checkpoint["loaded"] = f"{path.name}: {what} program, {checkpoint['loaded']}"
+    elif card:
         model = load_weights(path, model=_given(wishes, split))
         weights, checkpoint["epoch"] = card["sha256"], card.get("epoch")
     else:
-        given = _given(wishes, split)
-        if given is None:
-            raise UserError(
-                f"{path.name} does not say what network it is for; give model, for example model='resnet18'"
-            )
-        model = given
-        report = load_foreign(path, model, normalize=_normalization(wishes.normalize, split))
-        weights, checkpoint["loaded"] = hashlib.sha256(path.read_bytes()).hexdigest(), str(report)
+        model, checkpoint["loaded"] = _foreign(path, wishes, split)
+        weights = _sha256(path)
     out = path.parent / "evaluations" if wishes.out is None else Path(wishes.out)
     training = {"method": card.get("method"), "data": {"name": named["name"]} if card else None}
     return Case(path.stem, str(path), model, split, threat, checkpoint, weights, training, out)
 
 
+def _foreign(path: Path, wishes: Wishes, split: Split) -> tuple[nn.Module, str]:
+    """Somebody else's weights in the network that the caller named, and what became of them."""
+    model = _given(wishes, split)
+    if model is None:
+        raise UserError(f"{path.name} does not say what network it is for; give model, for example model='resnet18'")
+    asked = wanted(wishes.normalize, split.images.info)
+    report = load_foreign(path, model, normalize=_for_loading(asked, split))
+    if report.normalization == "none":  # a network without such a layer gets one in front
+        model, said = _normalised(model, wishes, split)
+        return model, f"{report}; {said}"
+    if report.normalization == "file" or asked is not None:
+        return model, str(report)
+    found, how = _chosen(model, wishes, split)
+    return model, f"{load_foreign(path, model, normalize=_for_loading(found, split))}, {how}"
+
+
+def _for_loading(chosen: Statistics | None, split: Split) -> str | Statistics:
+    return "identity" if chosen is None or chosen == wanted("identity", split.images.info) else chosen
+
+
+def _chosen(model: nn.Module, wishes: Wishes, split: Split) -> tuple[Statistics, str]:
+    """The normalisation that was asked for, or that a few images tell; and how it was chosen."""
+    asked = wanted(wishes.normalize, split.images.info)
+    if asked is not None:
+        return asked, "as asked for"
+    best, tried = detect(model, split)
+    warnings.warn(f"normalization detected: {best.name}, by clean accuracy: {tried}", stacklevel=2)
+    return (best.mean, best.std), f"detected as {best.name} ({tried})"
+
+
+def _normalised(model: nn.Module, wishes: Wishes, split: Split) -> tuple[nn.Module, str]:
+    """A model behind the normalisation that was asked for or is found out, and that in words."""
+    (mean, std), how = _chosen(model, wishes, split)
+    if (mean, std) == wanted("identity", split.images.info):
+        return model, f"normalization identity, {how}"
+    shown = " and std ".join(", ".join(f"{number:.4g}" for number in numbers) for numbers in (mean, std))
+    made = origin(model)
+    model = Normalized(model, mean=mean, std=std, channels=len(mean))
+    if made is not None:
+        arguments = {**made.arguments, "mean": list(mean), "std": list(std)}
+        model._instar_origin = replace(made, arguments=arguments)  # type: ignore[assignment]
+    return model, f"normalization mean {shown}, {how}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _card(path: Path) -> dict[str, Any]:
-    """The card of weights of ours; empty for anybody else's."""
-    if path.suffix not in (".safetensors", ".json") or not path.with_suffix(".json").is_file():
+    """The card of a file of ours; empty for anybody else's."""
+    if not card_of(path).is_file():
         return {}
     try:
         return read_card(path)
@@ -189,6 +256,8 @@ def _module(model: nn.Module, wishes: Wishes) -> Case:
     split = _split(wishes.data, wishes, None)
     made = origin(model)
     checkpoint = {"which": "module", "rule": "a module given from Python"}
+    if wishes.normalize != "identity":
+        model, checkpoint["loaded"] = _normalised(model, wishes, split)
     out = None if wishes.out is None else Path(wishes.out)
     name = made.architecture.replace("/", "_").replace(":", "_") if made else type(model).__name__
     training: dict[str, Any] = {"method": None, "data": None}
@@ -202,10 +271,6 @@ def _given(wishes: Wishes, split: Split) -> nn.Module | None:
     info = split.images.info
     arguments: dict[str, Any] = {"classes": len(split.classes), "channels": info.shape[0], "image_size": info.shape[1]}
     return create(wishes.model, **{**arguments, **(wishes.model_arguments or {})})
-
-
-def _normalization(wish: Normalization, split: Split) -> Normalization:
-    return (split.images.info.mean, split.images.info.std) if wish == "dataset" else wish
 
 
 def _split(data: Any, wishes: Wishes, size: int | None) -> Split:
