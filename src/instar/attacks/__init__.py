@@ -2,9 +2,13 @@
 
 from instar.attacks.attack import Attack, NoAttack
 from instar.attacks.folded import Folded, FoldingError, fold
+from instar.attacks.odi import OutputDiversified
 from instar.attacks.pgd import PGD
 from instar.attacks.several import Several
+from instar.attacks.square import Square
 from instar.attacks.start import Gaussian, Given, Start, Uniform, Zero
+from instar.attacks.transfer import Transfer
+from instar.attacks.turns import MultiTargeted, Restarts, in_turn, passes
 
 __all__ = [
     "PGD",
@@ -13,10 +17,17 @@ __all__ = [
     "FoldingError",
     "Gaussian",
     "Given",
+    "MultiTargeted",
     "NoAttack",
+    "OutputDiversified",
+    "Restarts",
     "Several",
+    "Square",
     "Start",
+    "Transfer",
     "Uniform",
     "Zero",
     "fold",
+    "in_turn",
+    "passes",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``instar train | evaluate | report | explain | data``."""
+"""The command line: ``instar train | evaluate | compare | report | explain | data``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from instar.errors import UserError, unknown
 COMMANDS = {
     "train": "train a robust classifier; writes a run folder",
     "evaluate": "measure robustness of a run or of any weights",
+    "sweep": "train and evaluate many runs, and write one table",
+    "compare": "tell whether runs differ: paired tests, intervals, classes, images won and lost",
+    "doctor": "look at a model, the machine or a recipe before the work begins",
+    "export": "write a trained network as weights, ONNX or a hub folder",
+    "analyse": "see why: vulnerability, hard class pairs, overfitting, what is hard",
     "report": "draw what happened: curves, survival, hardest images",
     "explain": "equations, source, cost and expression of a recipe",
     "data": "list, get and check data sets",

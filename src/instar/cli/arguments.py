@@ -23,9 +23,19 @@ def parser(command: str, description: str) -> ArgumentParser:
     )
 
 
-def expression(text: Any) -> Any:
+class _Expression:
     """Type of arguments that are values: ``8/255``, ``tanh``, ``Ramp(0, 0.4, 0.3, 0.7)``."""
-    return read_value(text)
+
+    def __call__(self, text: Any) -> Any:
+        """The value that a text stands for."""
+        return read_value(text)
+
+    def __repr__(self) -> str:
+        """How the help calls this type."""
+        return "expression"
+
+
+expression = _Expression()
 
 
 def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:

@@ -7,19 +7,27 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from instar.cli import processes
 from instar.cli.arguments import expression, parse, parser
 from instar.errors import UserError
-from instar.evaluate import SUITES, Pace, evaluate, table
+from instar.evaluate import SUITES, Pace, Record, Team, attacks_of, evaluate, robustbench, table
 from instar.evaluate import Progress as ProgressCallback
+from instar.evaluate.adaptive import with_surrogates
+from instar.evaluate.finding import OVERESTIMATED
+from instar.evaluate.progress import silent
+from instar.evaluate.verdict import EXIT_STATUS
 
 DESCRIPTION = """Measure how robust a model is, and write a record with everything the number depends on.
 
-TARGET is a run's folder, or a file of weights: ours (.safetensors beside its .json card), or a state dict from
-elsewhere, which needs --model and --data. Killed at any moment, the same command goes on where it stopped."""
+TARGET is a run's folder, or weights: ours (.safetensors beside their .json card), a state dict from elsewhere, which
+needs --model and --data, or an ONNX model, which black-box attacks alone can judge. Killed at any moment, the same
+command goes on where it stopped."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -28,13 +36,17 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or a model or data set that cannot be evaluated.
     """
+    typed = list(words)
     words = list(words)
     if words and not words[0].startswith("-"):
         words[:1] = ["--target", words[0]]
     made = parser("evaluate", DESCRIPTION)
     made.add_argument("--config", action="config", help="YAML file with any of these settings")
     made.add_argument("--target", type=str, help="run or weights, if it is not the first word")
-    made.add_argument("--suite", type=str, default="standard", help=f"one of {', '.join(SUITES)}")
+    names = f"one of {', '.join(SUITES)}; default: standard (black_box without gradients), or none with --attack"
+    made.add_argument("--suite", type=str, default=None, help=names)
+    more = "an attack as an expression, such as \"AutoAttack(Linf(8/255), version='plus')\"; may be given again"
+    made.add_argument("--attack", type=str, action="append", default=None, help=more)
     how = "number of test images: the first in official order, or evenly spread if it is sorted by class"
     made.add_argument("--n", type=int, default=None, help=how)
     made.add_argument("--checkpoint", type=str, default="both", help="of a run: both, best or last")
@@ -43,37 +55,91 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--size", type=int, default=None, help="height and width of decoded pictures")
     made.add_argument("--model", type=str, default=None, help="network of a foreign state dict")
     made.add_argument("--width", type=int, default=None, help="channels of that network's first stage")
-    made.add_argument("--normalize", type=str, default="identity", help="of a foreign state dict: identity or dataset")
+    layer = "of a foreign state dict: identity, dataset, auto (what fits best) or mean/std"
+    made.add_argument("--normalize", type=str, default="identity", help=layer)
     made.add_argument("--norm", type=str, default=None, help="Linf, L2 or L1; default: what the model was trained for")
     made.add_argument("--eps", type=expression, default=None, help="radius, as 8/255; default: as trained")
     made.add_argument("--seed", type=int, default=0, help="seed of random starts and of AutoAttack")
-    made.add_argument("--batch_size", type=int, default=None, help="images in one forward pass")
+    at_once = "images attacked at a time; default: 250, or what fits into memory"
+    made.add_argument("--batch_size", type=int, default=None, help=at_once)
+    made.add_argument("--shard_size", type=int, default=None, help="images between two saves; default: 500")
+    search = "float32, or bf16: search in bfloat16 and confirm in float32"
+    made.add_argument("--precision", type=str, default="float32", help=search)
+    made.add_argument("--save_examples", action="store_true", help="also write the adversarial examples, in float32")
+    several = "processes that share the work on this machine, or one for each GPU; torchrun does it on several machines"
+    made.add_argument("--processes", type=int, default=1, help=several)
     made.add_argument("--device", type=str, default="auto", help="cpu, cuda or auto")
     made.add_argument("--out", type=str, default=None, help="folder of the record; default: RUN/evaluations")
+    source = "run or weights that the suite adaptive also makes examples on; may be given again"
+    made.add_argument("--surrogate", type=str, action="append", default=None, help=source)
+    about = "field=text for RobustBench's entry, such as name='Title of the paper'; may be given again"
+    made.add_argument("--about", type=str, action="append", default=None, help=about)
+    made.add_argument("--trust", action="store_true", help="run a TorchScript program, which can run any code")
+    strict = f"end with status {EXIT_STATUS} if a number is overestimated"
+    made.add_argument("--strict", action="store_true", help=strict)
     given = parse(made, words)
     if not given.target:
         raise UserError("evaluate what? instar evaluate RUN_OR_WEIGHTS ...")
+    processes.check(given.processes)
+    about_model = robustbench.told(given.about or ())
+    team = Team.from_environment()
+    if given.processes > 1 and team.alone:
+        return processes.start(["evaluate", *typed], processes=given.processes)
+    try:
+        records = _records(given, team)
+    except UserError as error:
+        if team.fail(error):
+            raise
+        return 2  # the process that stopped first has said why
+    except KeyboardInterrupt as error:
+        if team.fail(error):
+            raise
+        return 130
+    except BaseException as error:
+        team.fail(error)
+        raise
+    team.leave()
+    return _show(records, given, about_model) if team.leads else 0
+
+
+def _records(given: Namespace, team: Team) -> list[Record]:
+    """Evaluate; only the first process has records."""
+    suite: Any = None
+    if given.suite is not None or given.surrogate:
+        suite = with_surrogates(given.suite or "standard", target=given.target, surrogates=given.surrogate or ())
+    if given.attack:
+        suite = attacks_of(given.attack, suite=suite)
     console = Console(soft_wrap=not sys.stdout.isatty())
-    with _progress(console) as progress:
-        records = evaluate(
+    with _progress(console) if team.leads else contextlib.nullcontext(silent) as progress:
+        return evaluate(
             given.target,
             data=given.data,
             root=given.root,
             size=given.size,
             model=given.model,
             model_arguments={"width": given.width} if given.width else None,
-            suite=given.suite,
+            suite=suite,
             n=given.n,
             checkpoint=given.checkpoint,
             norm=given.norm,
             eps=given.eps,
             seed=given.seed,
             batch_size=given.batch_size,
+            shard_size=given.shard_size,
             device=given.device,
             out=given.out,
             progress=progress,
             normalize=given.normalize,
+            trust=given.trust,
+            precision=given.precision,
+            save_examples=given.save_examples,
+            team=team,
         )
+
+
+def _show(records: list[Record], given: Namespace, about_model: Any) -> int:
+    """Print the table, and where the records lie."""
+    console = Console(soft_wrap=not sys.stdout.isatty())
     if console.is_terminal:
         console.print(table.render(records))
     else:
@@ -81,7 +147,11 @@ def run(words: Sequence[str]) -> int:
     for record in records:
         if record.path is not None:
             print(f"{record.checkpoint}: {_nearest(record.path)}")
-    return 0
+            if record.suite == "robustbench":
+                entry, text = robustbench.write(record, about_model)
+                print(f"{record.checkpoint}: {_nearest(entry)}, {_nearest(text)}")
+    overestimated = any(record.verdict.word == OVERESTIMATED for record in records)
+    return EXIT_STATUS if given.strict and overestimated else 0
 
 
 def _nearest(path: Path) -> Path:

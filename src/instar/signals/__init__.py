@@ -13,6 +13,7 @@ from instar.signals.difficulty import (
     SurvivedSteps,
 )
 from instar.signals.losses import KL, CrossEntropy, LogitShift, Margin
+from instar.signals.objectives import Scaled, TargetedMargin
 from instar.signals.weights import GeometryWeight, RankWeight, mean_one
 
 __all__ = [
@@ -35,8 +36,10 @@ __all__ = [
     "Product",
     "RankWeight",
     "Referenced",
+    "Scaled",
     "Signal",
     "Sum",
     "SurvivedSteps",
+    "TargetedMargin",
     "mean_one",
 ]
