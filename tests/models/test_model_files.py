@@ -139,7 +139,7 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot write" in one_line(lambda: save(small(), tmp_path / "file" / "a.safetensors", {}))
     assert "cannot write" in one_line(lambda: write_atomically(tmp_path / "file" / "a.json", b""))
-    assert ".safetensors" in one_line(lambda: save(small(), tmp_path / "a.pt", {}))
+    assert ".safetensors" in one_line(lambda: save(small(), tmp_path / "a.onnx", {}))
     assert "JSON" in one_line(lambda: save(small(), tmp_path / "a.safetensors", {"when": object()}))
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 

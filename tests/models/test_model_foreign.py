@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import sys
+import types
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from instar.errors import UserError
-from instar.models.files import load, load_foreign, read_card, save
+from instar.evaluate import evaluate
+from instar.models.files import load, read_card, save
+from instar.models.foreign import load_foreign
 from instar.models.registry import create
 
 
@@ -78,11 +83,47 @@ WRAPPINGS = {
     "DataParallel": lambda state: prefixed(state, "module."),
     "compiled": lambda state: {"model": prefixed(state, "_orig_mod.")},
     "both": lambda state: {"state_dict": prefixed(state, "module._orig_mod.model.")},
-    "lightning": lambda state: {"state_dict": prefixed(state, "network.")},
+    "lightning": lambda state: {"state_dict": prefixed(state, "network."), "hyper_parameters": attributes(lr=0.1)},
+    "lightning with a loss": lambda state: {
+        "state_dict": prefixed(state, "model.") | {"criterion.weight": torch.ones(10), "metric.total": torch.zeros(1)}
+    },
+    "MAIR": lambda state: {
+        "rmodel": prefixed(state, "model."),
+        "optimizer": {"state": {}},
+        "record_info": {"Clean": 84},
+    },
+    "AWP": lambda state: {
+        "state_dict": prefixed(state, "module."),
+        "test_robust_acc": 0.5,
+        "test_adv_output": numpy.float32(1),
+    },
 }
 
 
+def attributes(**entries: object) -> dict[str, object]:
+    """A dictionary of the class in which Lightning pickles hyperparameters."""
+    made: dict[str, object] = AttributeDict(entries)
+    return made
+
+
+class AttributeDict(dict[str, object]):
+    """Stands in for Lightning's class of that name."""
+
+
+AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
+
+
+@pytest.fixture
+def lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's module as far as pickling looks for it."""
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities", "pytorch_lightning.utilities.parsing"):
+        module = types.ModuleType(name)
+        module.AttributeDict = AttributeDict  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.usefixtures("lightning")
 def test_usual_wrappings_and_prefixes_are_taken_off(wrapping: str, tmp_path: Path) -> None:
     source, target = narrow(seed=1), narrow(seed=2)
     torch.save(WRAPPINGS[wrapping](published(source)), tmp_path / "a.pt")
@@ -176,6 +217,29 @@ def test_deepmind_wide_resnet_is_translated_and_asks_for_its_padding(tmp_path: P
     assert same(source, target)
     message = one_line(lambda: load_foreign(tmp_path / "a.pt", create("wrn-16-1", classes=10)))
     assert "padding='same'" in message
+
+
+def test_what_stands_beside_the_network_is_reported(tmp_path: Path) -> None:
+    state = prefixed(published(narrow(seed=1)), "model.") | {"criterion.weight": torch.ones(10)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    assert load_foreign(tmp_path / "a.ckpt", narrow(seed=2)).dropped == ("criterion.weight",)
+
+
+def test_shortcuts_of_torchvision_are_translated(tmp_path: Path) -> None:
+    source, target = narrow(seed=1), narrow(seed=2)
+    state = {key.replace(".shortcut.", ".downsample."): value for key, value in published(source).items()}
+    assert any(".downsample." in key for key in state)
+    torch.save(state, tmp_path / "a.pt")
+    load_foreign(tmp_path / "a.pt", target)
+    assert same(source, target)
+
+
+def test_timm_residual_nets_load_from_files_of_the_hub(tmp_path: Path) -> None:
+    source, target = (create("timm/resnet10t", classes=10, seed=seed) for seed in (1, 2))
+    safetensors.torch.save_file(source.net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "num_classes": 10}')
+    load_foreign(tmp_path / "model.safetensors", target)
+    assert same(source, target)
 
 
 @pytest.mark.parametrize("name", ["fc", "logits", "classifier", "head", "last_linear"])
@@ -329,3 +393,59 @@ def test_other_mistakes_are_one_line(tmp_path: Path) -> None:
     assert "it has a Tensor" in one_line(lambda: load_foreign(tmp_path / "a.pt", narrow()))
     torch.save(published(narrow()), tmp_path / "a.pt")
     assert "'identity', 'keep'" in one_line(lambda: load_foreign(tmp_path / "a.pt", narrow(), normalize="none"))
+
+
+def test_an_archive_that_claims_absurd_sizes_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in range(4):
+            archive.writestr(f"archive/data/{part}", b"\0" * 50_000_000)
+    assert (tmp_path / "a.pt").stat().st_size < 1_000_000
+    message = one_line(lambda: load_foreign(tmp_path / "a.pt", narrow()))
+    assert "claims to unpack to 200,000,000 bytes" in message
+
+
+def test_tensors_of_absurd_shapes_are_one_line(tmp_path: Path) -> None:
+    state = published(narrow(seed=1))
+    state["conv1.weight"] = torch.zeros(1).expand(10**12)
+    torch.save(state, tmp_path / "a.pt")
+    assert "conv1.weight (1000000000000,) in the file" in one_line(lambda: load_foreign(tmp_path / "a.pt", narrow()))
+    header = b'{"w":{"dtype":"F32","shape":[1000000000000,4],"data_offsets":[0,16000000000000]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "damaged" in one_line(lambda: load_foreign(tmp_path / "a.safetensors", narrow()))
+    (tmp_path / "a.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    assert "damaged" in one_line(lambda: load_foreign(tmp_path / "a.safetensors", narrow()))
+
+
+def threshold(*, at: float) -> tuple[nn.Module, Tensor]:
+    """A network that compares the brightness of one pixel with `at`, and images at all brightnesses."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+        net[1].bias.copy_(torch.tensor([-at, 0.0]))
+    return net, torch.rand(160, 1, 2, 2, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "at"),
+    [("identity", 0.0, 1.0, 0.5), ("half", 0.5, 0.5, 0.5), ("0..255", 0.0, 1 / 255, 120.0)],
+)
+def test_normalisation_is_found_out_from_a_few_labelled_images(
+    name: str, mean: float, std: float, at: float, tmp_path: Path
+) -> None:
+    net, x = threshold(at=at)
+    y = net((x - mean) / std).argmax(1)
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match=f"normalization detected: {name}"):
+        (record,) = evaluate(tmp_path / "a.pt", model=net, data=(x, y), suite="quick", eps=0.01, normalize="auto")
+    assert record.scores["clean"].correct == 160
+
+
+def test_an_unclear_normalisation_asks_instead_of_guessing(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    data = torch.rand(160, 1, 2, 2), torch.arange(160) % 2
+    wished = {"model": net, "data": data, "suite": "quick", "eps": 0.01}
+    message = one_line(lambda: evaluate(tmp_path / "a.pt", normalize="auto", **wished))
+    assert "cannot be told from the images" in message
+    message = one_line(lambda: evaluate(tmp_path / "a.pt", normalize="whitened", **wished))
+    assert "identity, dataset, auto, or mean/std" in message

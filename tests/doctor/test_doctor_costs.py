@@ -1,0 +1,157 @@
+"""Times that are foretold: against runs that are timed, and against passes that are counted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from instar.attacks import PGD, Square
+from instar.doctor import estimate, predict
+from instar.doctor.estimate import Pace, cost
+from instar.evaluate.entries import Entry, Suite
+from instar.evaluate.subject import examined
+from instar.evaluate.suites import quick, standard
+from instar.threat import Linf
+from instar.train import train
+
+
+class Clock:
+    """A clock that only moves when a network works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Slow(nn.Module):
+    """A network whose passes take a known time: a fixed one, and one for each image."""
+
+    def __init__(self, clock: Clock, *, fixed: float, each: float) -> None:
+        super().__init__()
+        self.clock, self.fixed, self.each = clock, fixed, each
+        self.linear = nn.Linear(12, 3)
+        self.largest = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.now += self.fixed + self.each * len(x)
+        self.largest = max(self.largest, len(x))
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize(("batch_size", "timed"), [(24, 24), (4000, 500)])
+def test_the_pace_is_that_of_the_passes_at_the_batch_size_of_the_evaluation(
+    batch_size: int, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(estimate, "time", clock)
+    net, x = Slow(clock, fixed=0.1, each=0.001), torch.rand(8, 3, 2, 2)
+    net.black_box = True  # type: ignore[assignment]  # which keeps the passes countable: no copy is attacked
+    with examined(net.eval(), x, device=torch.device("cpu")) as subject:
+        pace = estimate.measure(subject, x, torch.arange(8) % 3, batch_size=batch_size, seconds=6.0)
+    assert pace.forward == pytest.approx(0.1 / batch_size + 0.001)
+    assert net.largest == timed
+
+
+def test_costs_follow_from_the_budget_of_the_attacks() -> None:
+    pace = Pace(forward=0.001, both=0.003, stand_in=0.002, memory=10)
+    ball = Linf(8 / 255)
+    pgd = Suite("a", (Entry("pgd", "PGD", PGD(ball, steps=20)),))
+    found = cost(pgd, pace, images=100, classes=10, clean=0.5, robust=0.25)
+    # Clean predictions of all, then 41 forward units of half a pass each for the half that is right.
+    assert found.most == pytest.approx(100 * 0.001 + 50 * 41 * 0.001)
+    assert found.most == found.expected == found.least
+    square = Suite("b", (Entry("square", "Square", Square(ball, queries=1000)),))
+    found = cost(square, pace, images=100, classes=10, clean=0.5, robust=0.25)
+    assert found.most == pytest.approx(0.1 + 50 * 1.003, rel=1e-3)
+    assert found.least < found.expected < found.most
+    full = cost(standard(ball), pace, images=100, classes=10, clean=0.5, robust=0.25)
+    assert full.forwards == standard(ball).forwards(10) > 9_000
+    assert full.least < full.expected < full.most
+    sure = cost(standard(ball), pace, images=100, classes=10, clean=0.5, robust=0.5)
+    assert sure.expected == pytest.approx(sure.most)
+
+
+def test_memory_grows_with_the_batch_and_counts_the_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3))
+    x = torch.rand(4, 3, 8, 8)
+    small, large = (estimate.memory(net, x, size) for size in (100, 200))
+    weights = sum(4 * parameter.numel() for parameter in net.parameters())
+    activations = 4 * 8 * 64  # one map of the convolution, which ReLU and the next layer keep
+    assert large - small > 100 * activations
+    assert large - small < 100 * activations * 12
+    assert small > weights
+
+
+def test_an_undefended_model_is_foretold_to_be_broken_at_once() -> None:
+    pace = Pace(forward=0.001, both=0.002, stand_in=0.002, memory=10)
+    broken = cost(quick(Linf(8 / 255)), pace, images=100, classes=10, clean=1.0, robust=0.0)
+    standing = cost(quick(Linf(8 / 255)), pace, images=100, classes=10, clean=1.0, robust=0.5)
+    assert broken.expected < 0.6 * standing.expected
+
+
+def test_a_foretold_run_takes_about_as_long_as_it_does(tmp_path: Path) -> None:
+    settings = {"data": "digits", "model": "small_cnn", "width": 8, "epochs": 3, "batch_size": 64, "device": "cpu"}
+    foretold = predict("pgd_at", seconds=1.0, arguments={"steps": 4}, **settings)
+    began = time.perf_counter()
+    train("pgd_at", out=tmp_path / "run", arguments={"steps": 4}, **settings)
+    taken = time.perf_counter() - began
+    assert foretold.steps == 3 * 20
+    # Within 20 % on a machine of one's own; tests share theirs.
+    assert 0.3 < foretold.seconds / taken < 3
+
+
+def test_epochs_are_weighed_by_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import instar.doctor.training as training
+
+    monkeypatch.setattr(training, "_step", lambda *_: (2.0, "said"))
+    monkeypatch.setattr(training, "_epoch_end", lambda *_, **__: 5.0)
+    common = {"data": "digits", "model": "small_cnn", "epochs": 4, "batch_size": 64, "device": "cpu"}
+    steady = predict("pgd_at", arguments={"steps": 10}, **common)
+    assert steady.seconds == pytest.approx(80 * 2.0 + 4 * 5.0)
+    assert steady.most == steady.seconds
+    # Two steps in the first half, ten in the second: 7 and 23 units.
+    changes = {"attack.steps": training_steps()}
+    growing = predict("pgd_at", changes=changes, **common)
+    assert growing.seconds == pytest.approx(40 * 2.0 * 7 / 23 + 40 * 2.0 + 20.0)
+
+
+def training_steps() -> object:
+    from instar.schedules import Steps
+
+    return Steps(2, ((0.5, 10),))
+
+
+def test_early_stopping_gives_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    import instar.doctor.training as training
+
+    def step(method: object, *_: object) -> tuple[float, str]:
+        return (1.0, "said") if method.attack.stop is not None else (3.0, "said")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training, "_epoch_end", lambda *_, **__: 0.0)
+    found = predict("p_sat", data="digits", model="small_cnn", epochs=4, batch_size=64, device="cpu")
+    assert found.most == pytest.approx(1.5 * found.seconds)
+    assert "at most" in str(found)
+
+
+def test_large_steps_are_extended_from_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    import instar.doctor.training as training
+
+    asked: list[int] = []
+
+    def timed(*_: object, batch_size: int, seconds: float) -> tuple[float, int]:
+        asked.append(batch_size)
+        return 0.5 + 0.1 * batch_size, 4
+
+    monkeypatch.setattr(training, "_timed", timed)
+    monkeypatch.setattr(training, "_epoch_end", lambda *_, **__: 0.0)
+    found = predict("pgd_at", data="digits", model="small_cnn", epochs=1, batch_size=512, seconds=10.0, device="cpu")
+    assert found.seconds / found.steps == pytest.approx(0.5 + 0.1 * 512)
+    assert max(asked) < 512
+    assert "extended from batches" in found.probed
