@@ -249,12 +249,14 @@ def _spectra(found: Found) -> Figure:
 
 def _rows(axes: Axes, labels: list[str], values: np.ndarray, others: np.ndarray | None, *, named: bool = True) -> None:
     """One dot a member, with its value, and an open one for another value."""
-    style: dict[str, Any] = {"markersize": 8, "linestyle": "", "zorder": 3}
+    style: dict[str, Any] = {"markersize": 7, "linestyle": "", "zorder": 3}
     for k, value in enumerate(values):
         colour = RUNS[k % len(RUNS)]
         if others is not None and np.isfinite(others[k]):
             axes.plot([others[k], value], [k, k], color=lighter(colour, 0.55), linewidth=2)
-            axes.plot([others[k]], [k], "o", color="white", markeredgecolor=colour, markeredgewidth=1.6, **style)
+            # Larger, so that it is seen around a dot in the same place.
+            ring: dict[str, Any] = {"markersize": 10, "markeredgewidth": 1.6, "markerfacecolor": "white"}
+            axes.plot([others[k]], [k], "o", linestyle="", markeredgecolor=colour, zorder=2, **ring)
         axes.plot([value], [k], "o", color=colour, **style)
         if named:
             axes.annotate(

@@ -111,7 +111,7 @@ def _pixels(found: Found) -> Figure:
     sheet = Sheet(
         2.75,
         title=f"{found.label}: across the ball the loss rises by {figures['uphill']:.2f} nats uphill and by "
-        f"{figures['aside']:.2f} aside",
+        f"{round(figures['aside'], 2) + 0.0:.2f} aside",
         subtitle="Rise of the mean cross-entropy above that of the images themselves, moved in the steepest direction "
         "and along random signs, each by up to eps; images in thirds by what the attack adds to their loss. Straight, "
         "parallel and evenly spaced contours mean a loss that is linear, which is what single-step attacks rely on.",

@@ -103,7 +103,7 @@ def measure(
         f"Half a filter's norm away from the weights, the adversarial loss of {len(target.split):,} {kind} images has "
         f"risen from {figures['adversarial_loss']:.2f} to {figures['adversarial_half']:.2f} nats on average over "
         f"directions of the plane; across the pixels' ball it rises by {figures['uphill']:.2f} nats uphill and "
-        f"{figures['aside']:.2f} aside."
+        f"{round(figures['aside'], 2) + 0.0:.2f} aside."
     )
     protocol = target.protocol(
         attack=in_words(attack), points=points, span=span, line_points=line_points, again=again,
