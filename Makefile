@@ -26,11 +26,13 @@ install = $(bin)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $
 pip_beside = $(bin)/python -m pip --disable-pip-version-check --python build/wheel-check/venv/bin/python
 purelib = import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help run setup test lint lint-format lint-rules lint-types format wheel wheel-check lock clean
+.PHONY: help run setup test docs fuzz lint lint-format lint-rules lint-types format wheel wheel-check lock clean
 
 help:
 	@echo 'make run          train, resume and evaluate on the embedded digits'
 	@echo 'make test         the whole test suite'
+	@echo 'make docs         the documentation site, into docs/_build/html; warnings are errors'
+	@echo 'make fuzz         a million mutated inputs for everything that reads what a stranger may have written'
 	@echo 'make lint         format, lint and types, as CI checks them'
 	@echo 'make format       mend what can be mended by machine'
 	@echo 'make wheel        build the wheel into dist/'
@@ -63,6 +65,12 @@ run: $(stamp)
 
 test: $(stamp)
 	$(bin)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+docs: $(stamp)
+	$(bin)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
+fuzz: $(stamp)
+	$(bin)/python benchmarks/fuzz.py --out build/fuzz
 
 # Three targets, so that `make --keep-going lint` tells everything at once.
 lint: lint-format lint-rules lint-types
@@ -101,4 +109,4 @@ lock:
 	build/lock/bin/python .ci/write_constraints.py build/lock/report.json constraints.txt
 
 clean:
-	rm -rf $(INSTAR_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(INSTAR_VENV) build dist docs/_build docs/examples .hypothesis .mypy_cache .pytest_cache .ruff_cache

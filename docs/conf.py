@@ -26,7 +26,7 @@ extensions = [
     "myst_nb",
 ]
 # What a README links to with a path of the repository is a page here, too.
-exclude_patterns = ["_build", "methods/build.py", "**/reproduce.sh"]
+exclude_patterns = ["_build", "jupyter_execute", "methods/build.py", "**/reproduce.sh"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
