@@ -131,8 +131,9 @@ class AutoAttack:
         [('apgd-ce', 5), ('apgd-dlr', 5), ('fab', 5)]
 
     Source: Croce & Hein 2020; ``pyautoattack`` 0.2, which gives the same examples as the authors' repository.
-    Deviations: the number of targets below ten classes, the loss of APGD-T below four and of APGD-DLR below three;
-        models with random outputs draw the same numbers at every repetition of a batch. None otherwise.
+    Deviations:
+        The number of targets below ten classes, the loss of APGD-T below four and of APGD-DLR below three; models with
+        random outputs draw the same numbers at every repetition of a batch. None otherwise.
     """
 
     ball: Ball
