@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,16 @@ import instar
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIRED = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
-DEVELOPMENT = [Requirement(line) for line in PYPROJECT["project"]["optional-dependencies"]["dev"]]
+EXTRAS = {
+    name: [Requirement(line) for line in lines]
+    for name, lines in PYPROJECT["project"]["optional-dependencies"].items()
+}
+# `dev` also names other extras, as instar[docs,onnx].
+DEVELOPMENT = [
+    requirement
+    for asked in EXTRAS["dev"]
+    for requirement in ([one for extra in asked.extras for one in EXTRAS[extra]] if asked.name == "instar" else [asked])
+]
 # Packages whose import has another name than the distribution.
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
@@ -32,9 +42,9 @@ def pins(name: str) -> dict[str, Version]:
     return {match[1]: Version(match[2]) for match in parts if match is not None}
 
 
-def third_party_imports(source: Path) -> set[str]:
+def third_party_imports(nodes: Iterable[ast.AST]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -47,13 +57,19 @@ def test_the_version_is_one() -> None:
     assert instar.__version__ == PYPROJECT["project"]["version"] == citation["version"]
 
 
+def imported_as(requirements: Iterable[Requirement]) -> set[str]:
+    return {IMPORTED_AS.get(requirement.name, requirement.name) for requirement in requirements}
+
+
 def test_every_package_that_the_source_imports_is_declared() -> None:
-    declared = {IMPORTED_AS.get(requirement.name, requirement.name) for requirement in REQUIRED}
-    undeclared = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in (ROOT / "src").rglob("*.py")
-        for name in third_party_imports(path) - declared
-    }
+    required = imported_as(REQUIRED)
+    optional = required | imported_as(one for name, extra in EXTRAS.items() if name != "dev" for one in extra)
+    undeclared = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # What an extra installs may only be imported where it is needed: within a function.
+        missing = (third_party_imports(tree.body) - required) | (third_party_imports(ast.walk(tree)) - optional)
+        undeclared |= {f"{path.relative_to(ROOT)}: {name}" for name in missing}
     assert undeclared == set()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from report_runs import HOSTILE, train_on
 
 from instar.evaluate.record import Record, Score
 from instar.evaluate.sanity import Finding
@@ -135,6 +136,16 @@ def record() -> Callable[..., Record]:
     return make_record
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_run() -> Callable[..., Path]:
     return write_run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs a Chromium; left out, with the reason, where there is none")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with weights, instance tables and an evaluation, on pictures whose classes have hostile names."""
+    return train_on(tmp_path_factory.mktemp("trained"), HOSTILE)

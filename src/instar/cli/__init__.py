@@ -18,8 +18,8 @@ COMMANDS = {
     "compare": "tell whether runs differ: paired tests, intervals, classes, images won and lost",
     "doctor": "look at a model, the machine or a recipe before the work begins",
     "export": "write a trained network as weights, ONNX or a hub folder",
-    "analyse": "see why: vulnerability, hard class pairs, overfitting, what is hard",
-    "report": "draw what happened: curves, survival, hardest images",
+    "analyse": "see why: vulnerability, class pairs, geometry, curvature, overfitting",
+    "report": "one page with everything: numbers, curves, analyses, images",
     "explain": "equations, source, cost and expression of a recipe",
     "data": "list, get and check data sets",
 }

@@ -1,4 +1,4 @@
-"""Pictures of runs, from their files alone.
+"""Pictures and pages of runs, from their files.
 
 Example:
     >>> import tempfile
@@ -9,7 +9,7 @@ Example:
     >>> [axes.get_label() for axes in figure.axes]
     ['robust', 'clean', 'loss', 'rate']
 
-`write_pictures` draws everything that a run's files allow.
+`write_pictures` draws everything that a run's files allow; `write_page` puts all that is known into one HTML file.
 """
 
 from instar.report.distributions import Survival, Unevenness, survival_counts, top_share, unevenness_by_epoch
@@ -23,6 +23,7 @@ from instar.report.figures import (
     unevenness,
     write_pictures,
 )
+from instar.report.page import write_page
 from instar.report.stored import StoredRun, UnavailableError, read
 from instar.report.style import write_png
 
@@ -42,6 +43,7 @@ __all__ = [
     "top_share",
     "unevenness",
     "unevenness_by_epoch",
+    "write_page",
     "write_pictures",
     "write_png",
 ]

@@ -106,7 +106,28 @@ def evaluation_plan(runs: Sequence[StoredRun]) -> Plan:
     Returns:
         File names, and functions that draw; for a damaged record one that raises.
     """
-    plan: Plan = []
+    groups, damaged = evaluation_groups(runs)
+    plan: Plan = [(f"evaluation-{path.stem}.png", partial(_fail, error)) for path, error in damaged]
+    for name, members in groups.items():
+        labels, records = zip(*members, strict=True)
+        plan.append((f"{name}.png", partial(evaluation_bars, records, labels=labels)))
+    return plan
+
+
+def evaluation_groups(
+    runs: Sequence[StoredRun], *, least: int | None = None
+) -> tuple[dict[str, list[tuple[str, Record]]], list[tuple[Path, UserError]]]:
+    """Evaluations that can stand side by side: one suite and threat model, the same images.
+
+    Args:
+        runs: The runs.
+        least: How many of the runs must share an evaluation; None is two, or one where there is one run.
+
+    Returns:
+        Groups of run names and records, by ``evaluation-<suite>`` and what else tells them apart; of two records of a
+        checkpoint the newer. And the records that cannot be read, with the reasons.
+    """
+    damaged: list[tuple[Path, UserError]] = []
     groups: dict[tuple[str, str, str, str, int], list[tuple[str, Record]]] = {}
     for run, name in zip(runs, names(runs), strict=True):
         kept: set[tuple[object, ...]] = set()
@@ -116,24 +137,19 @@ def evaluation_plan(runs: Sequence[StoredRun]) -> Plan:
                 record = read_evaluation(path)
                 key = _protocol(record)
             except UserError as error:
-                plan.append((f"evaluation-{path.stem}.png", partial(_fail, error)))
+                damaged.append((path, error))
                 continue
             if (key, record.checkpoint) not in kept:
                 kept.add((key, record.checkpoint))
                 groups.setdefault(key, []).append((name, record))
-    suites = [suite for (suite, *_), members in groups.items() if _shared(members, runs)]
-    for (suite, norm, eps, images, seed), members in groups.items():
-        if not _shared(members, runs):
-            continue
+    wanted = min(2, len(runs)) if least is None else least
+    shared = {key: members for key, members in groups.items() if len({name for name, _ in members}) >= wanted}
+    suites = [suite for suite, *_ in shared]
+    named = {}
+    for (suite, norm, eps, images, seed), members in shared.items():
         long = f"{suite}-{norm}-{eps}-n{members[0][1].n}-seed{seed}-{images[:6]}".replace("/", "_")
-        labels, records = zip(*members, strict=True)
-        plan.append(
-            (
-                f"evaluation-{suite if suites.count(suite) == 1 else long}.png",
-                partial(evaluation_bars, records, labels=labels),
-            )
-        )
-    return plan
+        named[f"evaluation-{suite if suites.count(suite) == 1 else long}"] = members
+    return named, damaged
 
 
 def _protocol(record: Record) -> tuple[str, str, str, str, int]:
@@ -143,10 +159,6 @@ def _protocol(record: Record) -> tuple[str, str, str, str, int]:
         return record.suite, protocol["norm"], protocol["eps"], protocol["images_sha256"], int(protocol["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the evaluation record {record.path} has no {error} in its protocol: is it damaged?") from None
-
-
-def _shared(members: Sequence[tuple[str, Record]], runs: Sequence[StoredRun]) -> bool:
-    return len({name for name, _ in members}) >= min(2, len(runs))
 
 
 def _fail(error: UserError) -> NoReturn:

@@ -68,8 +68,10 @@ class StoredRun:
     @property
     def data(self) -> str:
         """Readable name of the data set."""
-        name = str(self.config["data"]["name"])
-        return CATALOGUE[name].title if name in CATALOGUE else Path(name).name
+        name, size = str(self.config["data"]["name"]), self.config["data"].get("size")
+        title = CATALOGUE[name].title if name in CATALOGUE else Path(name).name
+        # "Imagenette at 128" is so by default; the run says at which size it was.
+        return re.sub(r" at \d+$", f" at {size}", title) if size and name in CATALOGUE else title
 
     @property
     def model(self) -> str:

@@ -66,6 +66,8 @@ _RULES: Any = {
     "legend.fontsize": 9,
     "legend.handlelength": 1.8,
     "svg.fonttype": "none",
+    # Names of classes, files and runs are shown as they are: a dollar sign in one begins no formula.
+    "text.parse_math": False,
 }
 
 
@@ -126,7 +128,16 @@ class Sheet:
             linespacing=1.25,
         )
         y = 1 - (0.3 + 0.25 * len(headline)) / total
-        self.figure.text(edge, y, "\n".join(explained), va="top", fontsize=9.5, color=GREY, linespacing=1.4)
+        self.figure.text(
+            edge,
+            y,
+            "\n".join(explained),
+            va="top",
+            fontsize=9.5,
+            color=GREY,
+            linespacing=1.4,
+            gid="subtitle",
+        )
         self.figure.text(
             edge,
             0.14 / total,
@@ -136,6 +147,7 @@ class Sheet:
             color=GREY,
             linespacing=1.4,
             gid="sources",
+            label=" · ".join(part.rstrip(".") for part in footer if part),  # the parts, which the lines do not show
         )
 
     def grid(self, rows: int, columns: int, **layout: Any) -> Any:
@@ -228,6 +240,19 @@ def lighter(colour: str, share: float) -> tuple[float, float, float]:
     """
     red, green, blue = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
     return (red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share)
+
+
+def headings(figure: Figure) -> tuple[str, str, str]:
+    """Title, subtitle and sources of a figure as text, each on one line; empty where it has none.
+
+    Example:
+        >>> headings(Sheet(1.0, title="What", subtitle="How to read it.", footer=["Whence"]).figure)
+        ('What', 'How to read it.', 'Whence')
+    """
+    parts = {str(text.get_gid()): text.get_text() for text in figure.texts}
+    told = [str(text.get_label()) for text in figure.texts if text.get_gid() == "sources"]
+    title, subtitle = (" ".join(text.split("\n")) for text in (figure.get_suptitle(), parts.get("subtitle", "")))
+    return title, subtitle, "".join(told)
 
 
 def png(figure: Figure, *, dpi: int = DPI) -> bytes:

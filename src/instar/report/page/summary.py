@@ -1,0 +1,211 @@
+"""The head of the page: each run's result with its protocol, its verdict, and what a reader must know."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from instar.evaluate.intervals import wilson
+from instar.evaluate.record import Record, Score
+from instar.methods import RECIPES
+from instar.report.page.views import Card, RunView, Verdict, slug
+from instar.report.stored import StoredRun
+from instar.report.wording import percent
+
+_WIDE = 0.1
+"""A 95 % interval wider than this is worth a warning: it cannot tell most methods apart."""
+
+
+def preferred(records: Sequence[Record], *, checkpoint: str = "best") -> Record | None:
+    """The record that speaks for a run: with AutoAttack, of the given checkpoint, of the most images; in this order."""
+
+    def rank(record: Record) -> tuple[bool, bool, int]:
+        return "autoattack" in record.scores, record.checkpoint == checkpoint, record.n
+
+    return max(records, key=rank, default=None)
+
+
+def strongest(record: Record) -> str:
+    """The column whose number is to be quoted: AutoAttack's, else the worst case of the suite."""
+    return "autoattack" if "autoattack" in record.scores else "worst_case"
+
+
+def run_view(run: StoredRun, name: str, colour: str, records: Sequence[Record], *, checkpoint: str) -> RunView:
+    """What is said about a run before any picture.
+
+    Args:
+        run: The run.
+        name: What it is called on the page.
+        colour: ``#RRGGBB``.
+        records: All of its evaluations.
+        checkpoint: Which one's number is quoted if there are several: ``"best"`` or ``"last"``.
+
+    Returns:
+        The view.
+    """
+    record = preferred(records, checkpoint=checkpoint)
+    idea, equation, label = _explained(str(run.config.get("recipe", "")))
+    about = [run.data, run.model, f"trained against {run.threat}" if run.threat else "trained without attack"]
+    about += [f"{len(run.log)} of {run.epochs} epochs", f"seed {run.seed}"]
+    return RunView(
+        name=name,
+        key=slug(name),
+        colour=colour,
+        headline=_headline(run, name, record),
+        about=" · ".join(about),
+        verdict=_verdict(record),
+        cards=_held_out(run) if record is None else _cards(record),
+        warnings=[*([label] if label else []), *_warnings(run, records, record)],
+        idea=idea,
+        equation=equation,
+        expression=str(run.config.get("method", "")),
+        settings=_settings(run.config),
+    )
+
+
+def protocol_line(record: Record) -> str:
+    """What a number of a record depends on, short enough to stand below it."""
+    protocol = record.protocol
+    rule = (protocol.get("checkpoint") or {}).get("rule", record.checkpoint)
+    return (
+        f"{protocol['norm']} {protocol['eps']}, {protocol['images']}, {record.checkpoint} checkpoint ({rule}), "
+        f"seed {protocol['seed']}, {protocol['precision']}, BatchNorm {protocol['bn_mode']}"
+    )
+
+
+def interval(score: Score) -> str:
+    """Wilson's interval as text in percent."""
+    low, high = score.interval
+    return f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _headline(run: StoredRun, name: str, record: Record | None) -> str:
+    if record is None:
+        best = run.best
+        if best is None:
+            return f"{name} has not finished an epoch yet."
+        return (
+            f"{name} keeps {percent(best['selection_robust'])} of {run.held_out:,} held-out training images under "
+            f"{run.config['selection'].get('rule', 'its selection attack')}. It was not evaluated yet."
+        )
+    column = strongest(record)
+    attack = record.scores[column].title if column != "worst_case" else f"all attacks of the suite {record.suite}"
+    score = record.scores[column]
+    return (
+        f"{name} keeps {percent(score.accuracy)} of {score.count:,} test images under {attack}, "
+        f"{record.protocol['norm']} {record.protocol['eps']}."
+    )
+
+
+def _verdict(record: Record | None) -> Verdict:
+    if record is None:
+        return Verdict("not evaluated", "instar evaluate measures robustness on test images and checks the number")
+    found = record.verdict
+    scope = f"{found.made} of {found.made + len(found.missing)} checks made"
+    return Verdict(found.word, scope, found.reasons, found.missing)
+
+
+def _cards(record: Record) -> list[Card]:
+    protocol = protocol_line(record)
+    column = strongest(record)
+    shown = [("clean", "Clean accuracy", "")]
+    title = record.scores[column].title if column != "worst_case" else f"worst case, suite {record.suite}"
+    shown.append((column, f"Under {title}", "hard"))
+    attacks = record.protocol.get("attacks") or {}
+    made = []
+    for name, heading, tone in shown:
+        score = record.scores[name]
+        low, high = score.interval
+        budget = (attacks.get(name) or {}).get("expression", "")
+        told = f"{budget}; {protocol}" if budget else protocol
+        made.append(
+            Card(heading, percent(score.accuracy), f"95 %: {interval(score)}", score.accuracy, low, high, told, tone)
+        )
+    gaps = ("pgd_minus_autoattack", "pgd_minus_margin")
+    gap = next((f for check in gaps for f in record.findings if f.check == check), None)
+    if gap is not None:
+        reach = 1.96 * (gap.error or 0.0)
+        whose = "AutoAttack" if gap.check == gaps[0] else "margin PGD"
+        told = f"paired on the same images; {protocol}"
+        span = f"95 %: {100 * (gap.value - reach):+.1f} to {100 * (gap.value + reach):+.1f} points"
+        tone = "" if gap.verdict == "normal" else "hard"
+        made.append(
+            Card(f"PGD overstates {whose} by", f"{100 * gap.value:.1f} points", span, None, 0.0, 0.0, told, tone)
+        )
+    return made
+
+
+def _held_out(run: StoredRun) -> list[Card]:
+    best, n = run.best, run.held_out
+    if best is None:
+        return []
+    rule = run.config["selection"].get("rule", "selection attack")
+    made = []
+    for key, title, tone in (("selection_clean", "Clean, held out", ""), ("selection_robust", f"Under {rule}", "hard")):
+        low, high = wilson(round(best[key] * n), n)
+        told = f"{n:,} held-out training images, epoch {int(best['epoch']) + 1}, the best by this number"
+        if run.threat:
+            told = f"{run.threat}, {told}"
+        span = f"95 %: {100 * low:.1f}–{100 * high:.1f}"
+        made.append(Card(title, percent(best[key]), span, best[key], low, high, told, tone))
+    return made
+
+
+def _warnings(run: StoredRun, records: Sequence[Record], record: Record | None) -> list[str]:
+    found = []
+    if len(run.log) < run.epochs:
+        found.append(f"The run is not finished: {len(run.log)} of {run.epochs} epochs.")
+    if (run.config.get("git") or {}).get("clean") is False:
+        found.append("It was trained from a checkout with changes that no commit holds.")
+    if record is None:
+        found.append(
+            "There is no evaluation. Held-out accuracy chose the checkpoint, so it is optimistic, and margin PGD-10 is "
+            f"a weak attack. instar evaluate {run.folder.name} measures."
+        )
+        return found
+    if "autoattack" not in record.scores:
+        found.append("AutoAttack was not run: the number can only fall.")
+    score = record.scores[strongest(record)]
+    low, high = score.interval
+    if high - low > _WIDE:
+        found.append(
+            f"{score.count:,} images leave an interval of {100 * (high - low):.0f} points: smaller differences say "
+            "nothing."
+        )
+    seen = {item.checkpoint for item in records}
+    if lacking := [name for name in ("best", "last") if name not in seen]:
+        found.append(
+            f"The {lacking[0]} checkpoint was not evaluated: overfitting between best and last is not visible."
+        )
+    return found
+
+
+def _explained(recipe: str) -> tuple[str, str, str]:
+    """One sentence, the equation, and a label for reconstructions, from the recipe's own documentation."""
+    if recipe not in RECIPES:
+        return "", "", ""
+    text = inspect.getdoc(RECIPES[recipe]) or ""
+    idea = text.split("\n\n")[0].replace("\n", " ")
+    found = re.search(r"^Equation:[ \t]*\n?((?:(?:[ \t]+.*)?\n)+)", text + "\n", re.MULTILINE)
+    equation = inspect.cleandoc(found[1]) if found else ""
+    rebuilt = re.search(r"^Deviations:\s+a reconstruction", text, re.MULTILINE)
+    label = "A reconstruction: parts of this method are not public and are ours." if rebuilt else ""
+    return idea, equation, label
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The whole configuration as names and texts, without what is unset or said elsewhere."""
+    found: list[tuple[str, str]] = []
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), item)
+        elif value is not None and prefix not in ("method", "recipe"):
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            found.append((prefix, text))
+
+    add("", config)
+    return found
