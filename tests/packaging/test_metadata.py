@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIRED = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
 EXTRAS = {
-    name: [Requirement(line) for line in lines]
-    for name, lines in PYPROJECT["project"]["optional-dependencies"].items()
+    name: [Requirement(line) for line in lines] for name, lines in PYPROJECT["project"]["optional-dependencies"].items()
 }
 # `dev` also names other extras, as instar[docs,onnx].
 DEVELOPMENT = [
     requirement
     for asked in EXTRAS["dev"]
-    for requirement in ([one for extra in asked.extras for one in EXTRAS[extra]] if asked.name == "instar" else [asked])
+    for requirement in (
+        [one for extra in sorted(asked.extras) for one in EXTRAS[extra]] if asked.name == "instar" else [asked]
+    )
 ]
 # Packages whose import has another name than the distribution.
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
