@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 project = "Instar"
 author = "The Instar authors"
-copyright = "The Instar authors"  # noqa: A001
+copyright = "The Instar authors"
 release = version = instar.__version__
 
 extensions = [

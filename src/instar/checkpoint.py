@@ -97,7 +97,14 @@ def _numbers(text: str) -> dict[str, Any]:
         raise ValueError("it does not say what it is")
     if found.get("format") != FORMAT:
         return found
-    kinds: dict[str, type | tuple[type, ...]] = {"fingerprint": str, "epoch": int, "step": int, "updates": int, "best": dict, "seconds": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "fingerprint": str,
+        "epoch": int,
+        "step": int,
+        "updates": int,
+        "best": dict,
+        "seconds": (int, float),
+    }
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"its {name} is missing or damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -42,7 +43,10 @@ class Settings:
             (``imagenet`` from 96 pixels on).
         init: Weights to begin from (``.safetensors`` or a foreign checkpoint); None begins from random weights.
         epochs: Passes over the training split.
-        batch_size: Instances in a step.
+        batch_size: Instances in a step, of all processes together.
+        accumulate: Pieces in which each process treats its share of a batch, one after the other, to save memory.
+        batch_norm: Statistics of BatchNorm where several processes train: ``sync`` (of the global batch), ``local`` (of
+            each process's share), or, in one process too, ``frozen`` (those of the network that training begins from).
         optimizer: ``sgd`` or ``adamw``.
         nesterov: Whether the momentum of SGD is Nesterov's.
         lr: Highest learning rate; None means 0.2 for SGD with one-cycle, 0.1 for SGD otherwise, 0.001 for AdamW.
@@ -84,6 +88,8 @@ class Settings:
     init: str | None = None
     epochs: int = 30
     batch_size: int = 128
+    accumulate: int = 1
+    batch_norm: Literal["sync", "local", "frozen"] = "sync"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     nesterov: bool = True
     lr: float | None = None
@@ -110,14 +116,14 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
         for entry in dataclasses.fields(self):
-            if not _fits(getattr(self, entry.name), _annotation(entry.name)):
+            if not _fits(getattr(self, entry.name), _annotations()[entry.name]):
                 wanted = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", "")
                 raise UserError(f"{entry.name} must be {wanted}; got {getattr(self, entry.name)!r}")
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         for entry in dataclasses.fields(self):
-            choices = getattr(_annotation(entry.name), "__args__", ())
+            choices = getattr(_annotations()[entry.name], "__args__", ())
             given = getattr(self, entry.name)
             if isinstance(given, str) and choices and all(isinstance(c, str) for c in choices) and given not in choices:
                 raise unknown(entry.name, given, choices)
@@ -153,8 +159,9 @@ class Settings:
         return int(self.selection) if self.selection >= 1 else self.selection
 
 
-def _annotation(name: str) -> Any:
-    return inspect.get_annotations(Settings, eval_str=True)[name]
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    return inspect.get_annotations(Settings, eval_str=True)
 
 
 def _fits(given: Any, annotation: Any) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from instar.errors import UserError
+from instar.parallel import WHOLE, Group, Part
 
 if TYPE_CHECKING:
     from instar.threat import Ball
@@ -31,7 +32,9 @@ class Batch:
         labelled: Mask (B,) of instances with a label, or None when all have one.
         source: Integer (B,) that says which data set an instance came from, or None when there is one.
         shared: Tensors that a method keeps from step to step and that belong to no instance (a warm start, a running
-            reference), by name. Whoever reads them writes them in place; a run saves them with its state.
+            reference), by name. Whoever reads them writes them in place; a run saves them with its state. They are
+            equal in all processes.
+        part: Which rows of the global batch these are, when processes share it or it is treated in pieces.
 
     Raises:
         UserError: `x` is not (B, C, H, W), `y` not (B,), or `y` not of an integer type.
@@ -50,6 +53,7 @@ class Batch:
     labelled: Tensor | None = None
     source: Tensor | None = None
     shared: MutableMapping[str, Tensor] = field(default_factory=dict)
+    part: Part = WHOLE
 
     def __post_init__(self) -> None:
         """Check shapes and types, which costs nothing; values are checked where data enter."""
@@ -68,6 +72,45 @@ class Batch:
     def __len__(self) -> int:
         """Number of instances B."""
         return self.x.shape[0]
+
+    def rows(self, start: int, stop: int, part: Part) -> Batch:
+        """Some of these instances, as the given part of the global batch."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return replace(
+            self,
+            x=self.x[start:stop],
+            y=self.y[start:stop],
+            index=cut(self.index),
+            memory={name: row[start:stop] for name, row in self.memory.items()},
+            target=cut(self.target),
+            labelled=cut(self.labelled),
+            source=cut(self.source),
+            part=part,
+        )
+
+    def share(self, group: Group) -> Batch:
+        """What one of several processes treats of this whole batch."""
+        part = group.part(len(self))
+        return self if part.stop is None else self.rows(part.start, part.stop, part)
+
+    def split(self, pieces: int) -> list[Batch]:
+        """This batch in pieces, to be treated one after the other.
+
+        Raises:
+            UserError: There are fewer instances than pieces.
+
+        Example:
+            >>> [len(piece) for piece in Batch(torch.rand(3, 1, 2, 2), torch.arange(3)).split(2)]
+            [2, 1]
+        """
+        if pieces == 1:
+            return [self]
+        first = self.part.start
+        parts = self.part.split(pieces, len(self))
+        return [self.rows(part.start - first, (part.stop or 0) - first, part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -136,7 +179,9 @@ class Evidence:
         generator: Random numbers for signals that draw.
         forward: The model at the current weights, images → logits, for signals that query elsewhere. Parameters by
             name as a second argument take the place of the current ones. BatchNorm's statistics are not updated.
-        batchwide: Applies a function of all instances' values (ranks, normalisations) over the global batch.
+        batchwide: Applies a function of all instances' values (ranks, normalisations) over the global batch. A signal
+            that calls it says so: ``couples = True``.
+        part: Which rows of the global batch these are.
     """
 
     x: Tensor
@@ -165,6 +210,7 @@ class Evidence:
     generator: torch.Generator | None = None
     forward: Callable[..., Tensor] = _no_forward
     batchwide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = _within_batch
+    part: Part = WHOLE
 
     def logits(self, of: str) -> Tensor:
         """The logits (B, K) called `of`, a field's name, or ``"other"`` for the first of `others`.

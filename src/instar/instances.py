@@ -11,6 +11,7 @@ from torch import Tensor
 
 from instar.arrays import pack, read_arrays
 from instar.errors import UserError
+from instar.parallel import Part
 from instar.storage import write_atomically
 
 NEVER = -1
@@ -98,6 +99,22 @@ class InstanceTable:
             UserError: The disk is full or read-only.
         """
         write_atomically(path, pack({name: column.cpu().numpy() for name, column in self.columns.items()}))
+
+
+def everybody(part: Part, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of the whole batch by name, (B,), from every process's (b,), in one message.
+
+    They travel as float64, which holds every position and every value of a column.
+
+    Args:
+        part: This process's share of the batch.
+        rows: Values (b,) by name, ``"index"`` among them; the same names in every process.
+    """
+    if part.whole:
+        return dict(rows)
+    packed = torch.stack([row.detach().double() for row in rows.values()], 1)
+    found = dict(zip(rows, part.gather(packed).unbind(1), strict=True))
+    return found | {"index": found["index"].long()}
 
 
 def read_instances(path: Path) -> dict[str, np.ndarray]:

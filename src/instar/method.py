@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ def _a(noun: str) -> str:
 
 class Step(abc.ABC):
     """How an optimiser step is made, in place of `instar.training_step`'s own way."""
+
+    divides: ClassVar[bool] = False
+    """Whether it can treat a part of the global batch (`Batch.part`): with several processes, or with `accumulate`."""
 
     @abc.abstractmethod
     def check(self, method: Method) -> None:

@@ -1,4 +1,7 @@
-"""The machine around the training step: data in, steps, selection, records and checkpoints out. It knows no method."""
+"""The machine around the training step: data in, steps, selection, records and checkpoints out. It knows no method.
+
+Several processes run the same program on their shares of each batch and hold the same state; the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 import instar
 from instar.attacks import PGD, Folded, FoldingError, fold
@@ -54,15 +59,17 @@ from instar.data.indexed import as_float
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse
-from instar.instances import InstanceTable
+from instar.instances import InstanceTable, everybody
 from instar.method import Method
 from instar.methods import Recipe
 from instar.models import create, load_foreign, origin, parameter_groups, save
+from instar.models.batch_norm import average_running_statistics, normalised_by
+from instar.parallel import ALONE, Group, launched
 from instar.randomness import generator, key
 from instar.runs import read_run
 from instar.schedules import Progress
 from instar.signals import Margin
-from instar.step import Loss, training_step
+from instar.step import Loss, check_divisible, training_step
 from instar.storage import write_atomically
 from instar.weightspace.average import averaged_copy, reestimate_batch_norm
 
@@ -87,6 +94,8 @@ class Interrupted(Exception):  # noqa: N818
 @dataclass(frozen=True)
 class StepDone:
     """Event after an optimiser step; read its numbers lazily, since each read waits for the device.
+
+    Of several processes the first one alone is told, of the instances of all.
 
     Attributes:
         epoch: Epoch, from 0.
@@ -154,6 +163,7 @@ class _Run:
     fingerprint: str
     on_event: Callable[[Event], None]
     note: Callable[[str], None]
+    group: Group
 
     @property
     def steps(self) -> int:
@@ -171,6 +181,7 @@ def train(
     changes: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
+    group: Group | None = None,
     **settings: Any,
 ) -> Result:
     """Train a robust classifier and write everything that explains it into a folder.
@@ -179,6 +190,9 @@ def train(
     and ``last`` weights, and the state to resume from) and ``instances/`` (a row for every training instance, once an
     epoch). The best checkpoint is chosen by margin PGD-10 on images held out of the training set; test images are
     never touched.
+
+    Started by ``torchrun``, the processes share each batch and write one folder, as one process would. After a restart
+    (``--max-restarts``) they go on from the last save by themselves.
 
     Args:
         recipe: Name of a recipe, a function that returns a `Method`, or a method.
@@ -190,6 +204,8 @@ def train(
         changes: Dotted paths into the method and their values: ``{"attack.eps": 4 / 255}``.
         on_event: Called after each step and each epoch.
         note: Called with a line that a user should see, such as what was taken from `init`.
+        group: Processes that train together; None joins those that ``torchrun`` started, if it did. Of several, the
+            first one alone calls `on_event` and `note`.
         **settings: Fields of `Settings`: ``epochs``, ``batch_size``, ``seed``, ...
 
     Returns:
@@ -197,7 +213,8 @@ def train(
 
     Raises:
         UserError: A setting, file or value that cannot work; nothing is lost that was computed before.
-        Interrupted: SIGINT or SIGTERM came; the state is saved and `resume` goes on from it.
+        Interrupted: SIGINT or SIGTERM came to any of the processes; the state is saved and `resume` goes on from it.
+        ProcessLost: Another process has gone; `resume` goes on from the last save.
 
     Example:
         >>> import tempfile
@@ -213,6 +230,42 @@ def train(
     named_data = data if isinstance(data, str) else "custom"
     named_model = model if isinstance(model, str) else None
     chosen = Settings(**{**settings, "data": named_data, "model": named_model})
+    with launched(choose_device(chosen.device)) if group is None else contextlib.nullcontext(group) as together:
+        quiet = not together.leads
+        return _train_together(
+            recipe,
+            Path(out),
+            chosen,
+            resume=resume,
+            data=data,
+            model=model,
+            arguments=arguments,
+            changes=changes,
+            on_event=_ignore if quiet or on_event is None else on_event,
+            note=_ignore if quiet else note,
+            group=together,
+        )
+
+
+def _ignore(told: object) -> None:
+    """What nobody listens to."""
+
+
+def _train_together(
+    recipe: str | Recipe | Method,
+    out: Path,
+    chosen: Settings,
+    *,
+    resume: bool,
+    data: str | Images | Any,
+    model: str | nn.Module | None,
+    arguments: Mapping[str, Any] | None,
+    changes: Mapping[str, Any] | None,
+    on_event: Callable[[Event], None],
+    note: Callable[[str], None],
+    group: Group,
+) -> Result:
+    """One process's part in training; see `train`."""
     images = _images(data, chosen)
     info = images.info
     if isinstance(recipe, Method):
@@ -226,7 +279,8 @@ def train(
         method = build_method(found, arguments or {}, info=info, settings=chosen, changes=changes)
     for epoch in range(chosen.epochs):  # every number that a schedule will ever give is checked before the start
         method.at(Progress(epoch=epoch, epochs=chosen.epochs))
-    device = choose_device(chosen.device)
+    check_divisible(method, processes=group.size, accumulate=chosen.accumulate)
+    device = group.device(choose_device(chosen.device))
     precision = choose_precision(chosen.precision, device)
     network = _network(model, chosen, images, method).to(device)
     _check_requirement(method, network)
@@ -238,17 +292,28 @@ def train(
     train_split, selection = hold_out(images, selection=chosen.held_out(len(images)), seed=chosen.seed)
     if steps_per_epoch(train_split, chosen.batch_size, True) == 0:
         raise UserError(f"batch_size must be at most the {len(train_split)} training images; got {chosen.batch_size}")
+    if chosen.batch_size < group.size * chosen.accumulate:
+        raise UserError(
+            f"batch_size must be at least {group.size * chosen.accumulate}, an instance for each of the {group.size} "
+            f"processes times accumulate = {chosen.accumulate}; got {chosen.batch_size}"
+        )
+    _note_what_sees_the_batch(network, chosen, group, note)
     extra = ExtraImages.open(chosen.extra, info=info, note=note) if chosen.extra else None
-    described = _describe(recipe, method, chosen, network, images, selection, device, precision)
+    described = _describe(recipe, method, chosen, network, images, selection, device, precision, group)
     if extra is not None:
         described["data"]["extra"] = {"images": len(extra), "labels": extra.digest()}
     fingerprint = _fingerprint(described)
-    folder = Path(out)
-    _prepare_folder(folder, described, fingerprint, resume=resume)
+
+    def prepare() -> bytes:
+        going_on = resume or _was_restarted(out, group)
+        _prepare_folder(out, described, fingerprint, resume=going_on)
+        return b"resume" if going_on else b""
+
+    going_on = group.first(prepare) == b"resume"
     run = _Run(
         method=method,
         settings=chosen,
-        out=folder,
+        out=out,
         train=train_split,
         extra=extra,
         selection=require_selection(selection),
@@ -256,14 +321,45 @@ def train(
         device=device,
         precision=precision,
         fingerprint=fingerprint,
-        on_event=on_event or (lambda event: None),
+        on_event=on_event,
         note=note,
+        group=group,
     )
+    group.equalise(list(network.state_dict().values()))  # a module that is given may have been drawn without a seed
     state = _fresh_state(run, network)
-    saved = folder / "checkpoints" / "state.safetensors"
-    if resume and saved.exists():  # a run that was killed before its first save begins again
+    saved = out / "checkpoints" / "state.safetensors"
+    there = going_on and saved.exists()  # a run that was killed before its first save begins again
+    if there:
         load_state(state, saved, fingerprint=fingerprint)
-    return _train(run, state)
+    if not group.agree(state.updates if there else -1):
+        raise UserError(
+            f"not all processes find the same {saved}: --out must lie on a file system that all machines share"
+        )
+    with contextlib.ExitStack() as layers:
+        for part in (state.model, state.average):
+            if part is not None:
+                layers.enter_context(normalised_by(part, chosen.batch_norm, group))
+        return _train(run, state)
+
+
+def _was_restarted(out: Path, group: Group) -> bool:
+    """Whether `torchrun` has started this run before, which then left its folder behind."""
+    if not (out / "run.json").is_file():
+        return False
+    return group.restarts > 0 or (group.launch != "" and read_run(out).get("launch") == group.launch)
+
+
+def _note_what_sees_the_batch(
+    network: nn.Module, settings: Settings, group: Group, note: Callable[[str], None]
+) -> None:
+    """Say it where the network itself stands in the way of the number of parts changing no result."""
+    if group.size * settings.accumulate == 1:
+        return
+    modules = list(network.modules())
+    if settings.accumulate > 1 and settings.batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in modules):
+        note(f"BatchNorm sees each of the {settings.accumulate} pieces of a batch by itself, and results depend on it")
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in modules):
+        note("Dropout draws for each part of a batch by itself: results depend on the number of processes and pieces")
 
 
 def resume(
@@ -279,7 +375,8 @@ def resume(
         out: The run's folder.
         on_event: See `train`.
         note: See `train`.
-        **where: `root`, `device` and `save_every` may differ from those of the interrupted run.
+        **where: `root`, `device`, `save_every` and `accumulate` may differ from those of the interrupted run, as may
+            the number of processes.
 
     Returns:
         The finished run.
@@ -297,7 +394,7 @@ def resume(
     if ":" in stored["recipe"]:
         find_recipe(stored["recipe"])  # imports the user's signals, which the method's expression names
     for entry in dataclasses.fields(Settings):
-        if isinstance(kept[entry.name], str) and "float" in str(entry.type):
+        if isinstance(kept.get(entry.name), str) and "float" in str(entry.type):
             kept[entry.name] = read_value(kept[entry.name])
     method = parse(stored["method"])
     return train(method, out=out, resume=True, on_event=on_event, note=note, **kept)
@@ -350,6 +447,7 @@ def _describe(
     selection: SelectionSplit,
     device: torch.device,
     precision: torch.dtype,
+    group: Group,
 ) -> dict[str, Any]:
     """The contents of ``run.json``."""
     built = origin(network)
@@ -374,7 +472,12 @@ def _describe(
         },
         "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
         "selection": {"n": len(selection), "rule": f"margin PGD-{SELECTION_STEPS}", "seed": settings.seed},
-        "hardware": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "hardware": {
+            "device": _device_name(device),
+            "threads": torch.get_num_threads(),
+            "processes": group.size,
+        },
+        "launch": group.launch,
         "precision": str(precision).removeprefix("torch."),
         "versions": {
             "instar": instar.__version__,
@@ -404,12 +507,17 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": answers[0], "clean": not answers[1]}
 
 
-_IRRELEVANT = ("root", "save_every", "device", "extra")  # of an extra file the contents count
+_IRRELEVANT = ("root", "save_every", "device", "accumulate", "extra")  # of an extra file the contents count
+_LATER = {"batch_norm": "sync"}  # settings that older runs do not name, and what they did
 
 
 def _fingerprint(described: Mapping[str, Any]) -> str:
     """What must be equal for a resume: everything that decides the numbers, and nothing about where they are made."""
-    training = {name: item for name, item in described["training"].items() if name not in _IRRELEVANT}
+    training = {
+        name: item
+        for name, item in described["training"].items()
+        if name not in _IRRELEVANT and not (name in _LATER and item == _LATER[name])
+    }
     data = {name: item for name, item in described["data"].items() if name != "path"}
     core = {
         "method": described["method"],
@@ -429,14 +537,18 @@ def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str
                 f"{folder} holds another run: {_difference(stored, described)}. Start into a new folder, or resume "
                 "with the settings of the run"
             )
+        for part in ("checkpoints", "instances"):
+            (folder / part).mkdir(exist_ok=True)
         return
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: {RESUME} {folder}, or choose another --out")
-        for part in ("checkpoints", "instances"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**described, "fingerprint": fingerprint}, indent=2, ensure_ascii=False)
+        # First, so that whatever else is there belongs to a run, also if this process is killed right now.
         write_atomically(folder / "run.json", content.encode())
+        for part in ("checkpoints", "instances"):
+            (folder / part).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
 
@@ -449,7 +561,7 @@ def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
         before, now = stored.get(group) or {}, described[group]
         for name in now:
             irrelevant = _IRRELEVANT if group == "training" else ("path",)
-            if before.get(name) != now[name] and name not in irrelevant:
+            if before.get(name, _LATER.get(name)) != now[name] and name not in irrelevant:
                 return f"its {group} setting {name} is {before.get(name)!r}, not {now[name]!r}"
     return "its configuration differs"
 
@@ -489,16 +601,19 @@ def _train(run: _Run, state: State) -> Result:
     stand_in = _stand_in(run, state.model)
     log_path = run.out / "log.jsonl"
     log = _rewind_log(log_path, state.epoch)
-    with _stop_requests() as requested:
+    with _stop_requests(patient=not run.group.alone) as requested:
         while state.epoch < run.settings.epochs:
             _epoch(run, state, stand_in, requested)
             record = _finish_epoch(run, state)
             log.append(record)
-            _write_log(log_path, log)
+            if run.group.leads:
+                _write_log(log_path, log)
             _save_state(run, state)
             run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
-            if requested and state.epoch < run.settings.epochs:
-                raise _interrupted(run, state, requested[0])
+            number = _stop_signal(run, requested)
+            if number and state.epoch < run.settings.epochs:
+                raise _interrupted(run, state, number)
+        run.group.any(False)  # nobody leaves while the first process is still writing
     return Result(out=run.out, log=log, best=state.best, model=_evaluated(state))
 
 
@@ -519,21 +634,20 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
         rate = learning_rate(settings, update=state.updates, updates=updates)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        computed = _step(run, state, stand_in, batch, Progress(epoch, settings.epochs, step, run.steps))
-        correct = _record(state.table, batch, computed, epoch)
+        rows = _step(run, state, stand_in, batch, Progress(epoch, settings.epochs, step, run.steps))
         state.step, state.updates = step + 1, state.updates + 1
         state.seconds = counted + time.monotonic() - started
-        run.on_event(StepDone(epoch, step, run.steps, len(batch), computed.loss.detach(), correct))
-        if requested:
+        run.on_event(StepDone(epoch, step, run.steps, len(rows["loss"]), rows["loss"], rows["correct"].bool()))
+        if number := _stop_signal(run, requested):
             _save_state(run, state)
-            raise _interrupted(run, state, requested[0])
+            raise _interrupted(run, state, number)
         if time.monotonic() - saved > settings.save_every:
             _save_state(run, state)
             saved = time.monotonic()
 
 
 def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
-    """The training batches of an epoch: augmented, with their extra images, and mixed."""
+    """This process's share of the training batches of an epoch: augmented, with their extra images, and mixed."""
     settings, images = run.settings, run.train.images
     usual: dict[str, Any] = {
         "batch_size": settings.batch_size,
@@ -545,26 +659,35 @@ def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
         "device": run.device,
         "first_step": first_step,
     }
+    if run.extra is None and settings.mix == "none":
+        yield from batches(run.train, group=run.group, **usual)
+        return
+    # Partners and extra images come from anywhere in the batch: every process reads all of it.
     if run.extra is None:
         stream = batches(run.train, **usual)
     else:
         mixture: dict[str, Any] = {"fraction": settings.extra_fraction, "smoothing": settings.extra_smoothing}
         stream = mixed_batches(run.train, run.extra, **mixture, **usual)
     if settings.mix == "none":
-        yield from stream
+        yield from (batch.share(run.group) for batch in stream)
         return
     mix = CutMix() if settings.mix == "cutmix" else MixUp()
     for step, batch in enumerate(stream, start=first_step):
         draws = generator(settings.seed, epoch=epoch, step=step, purpose="mix", device=run.device)
-        yield mix(batch, len(images.classes), draws)
+        yield mix(batch, len(images.classes), draws).share(run.group)
 
 
-def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> Loss:
-    """One optimiser step with its average; random numbers are keyed by where the run stands."""
+def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+    """One optimiser step with its average and instance table; random numbers are keyed by where the run stands.
+
+    Returns:
+        What the table got of every instance of the global batch, (B,) by name.
+    """
     where = {"epoch": progress.epoch, "step": progress.step}
     seed, index = run.settings.seed, batch.index
     assert index is not None
-    torch.manual_seed(key(seed, purpose="model", **where))  # dropout and the like draw from the global generator
+    # Dropout and the like draw from the global generator; processes must not drop the same places of their shares.
+    torch.manual_seed(key(seed, purpose="model" if run.group.leads else f"model/{run.group.rank}", **where))
     if stand_in is not None:
         stand_in.refresh(state.model)
     half = run.precision != torch.float32
@@ -577,29 +700,28 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
             progress=progress,
             generator=generator(seed, purpose="attack", device=run.device, **where),
             attacked=stand_in,
+            accumulate=run.settings.accumulate,
         )
-    state.table.write(index, remembered)
+    if run.settings.batch_norm == "local":
+        average_running_statistics(state.model, run.group)
     if state.average is not None and run.method.average is not None:
         run.method.average.update(state.average, state.model, progress)
-    return computed
+    rows = everybody(batch.part, {"index": index, **remembered, **_known(batch, computed, progress.epoch)})
+    state.table.write(rows["index"], {name: row for name, row in rows.items() if name != "index"})
+    return rows
 
 
-def _record(table: InstanceTable, batch: Batch, computed: Loss, epoch: int) -> Tensor:
-    """Write what is known of every run into the instance table; returns which instances were classified correctly."""
+def _known(batch: Batch, computed: Loss, epoch: int) -> dict[str, Tensor]:
+    """What is known of an instance in every run, (B,) by column of the instance table."""
     evidence = computed.evidence
     logits = evidence.adv if evidence.adv is not None else evidence.clean
     correct = torch.zeros_like(batch.y, dtype=torch.bool) if logits is None else logits.argmax(1) == batch.y
-    assert batch.index is not None
-    table.write(
-        batch.index,
-        {
-            "seen": torch.full_like(batch.y, epoch),
-            "kappa": computed.adversary.kappa,
-            "loss": computed.loss,
-            "correct": correct,
-        },
-    )
-    return correct
+    return {
+        "seen": torch.full_like(batch.y, epoch),
+        "kappa": computed.adversary.kappa,
+        "loss": computed.loss.detach(),
+        "correct": correct,
+    }
 
 
 def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
@@ -612,10 +734,16 @@ def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
             f"Checkpoints up to epoch {epoch - 1} are kept in {run.out / 'checkpoints'}"
         )
     average = run.method.average
-    if state.average is not None and average is not None and average.batch_norm == "reestimate":
+    again = average is not None and average.batch_norm == "reestimate" and run.settings.batch_norm != "frozen"
+    if state.average is not None and again:
         reestimate_batch_norm(state.average, (batch.x for batch in _stream(run, epoch)))
+        if run.settings.batch_norm == "local":
+            average_running_statistics(state.average, run.group)
+    _check_equal(run, state)
     evaluated = _evaluated(state)
-    clean, robust = selection_accuracy(run.method, evaluated, run.selection, seed=run.settings.seed, device=run.device)
+    clean, robust = selection_accuracy(
+        run.method, evaluated, run.selection, seed=run.settings.seed, device=run.device, group=run.group
+    )
     rate = learning_rate(run.settings, update=state.updates - 1, updates=run.steps * run.settings.epochs)
     record = {
         "epoch": epoch,
@@ -630,13 +758,34 @@ def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
     card = {"epoch": epoch, "selection": {"clean": clean, "robust": robust, "rule": f"margin PGD-{SELECTION_STEPS}"}}
     checkpoints = run.out / "checkpoints"
     context = _card(run, evaluated) | card
-    if not state.best or robust > state.best["robust"]:
+    better = not state.best or robust > state.best["robust"]
+    if better:
         state.best = {"epoch": epoch, "clean": clean, "robust": robust}
-        save(evaluated, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
-    save(evaluated, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
-    state.table.save(run.out / "instances" / f"epoch_{epoch:03d}.npz")
+    if run.group.leads:
+        if better:
+            save(evaluated, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
+        save(evaluated, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
+        state.table.save(run.out / "instances" / f"epoch_{epoch:03d}.npz")
     state.epoch, state.step = epoch + 1, 0
     return record
+
+
+def _check_equal(run: _Run, state: State) -> None:
+    """Make sure that all processes still hold the same network.
+
+    Raises:
+        UserError: They do not: some part of the method ignores that it sees only a share of the batch.
+    """
+    if run.group.alone:
+        return
+    digest = hashlib.blake2b(digest_size=7)
+    for tensor in state.model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if not run.group.agree(int.from_bytes(digest.digest(), "big")):
+        raise UserError(
+            f"the processes hold different weights after epoch {state.epoch}: something in the method or model differs "
+            "between them, such as random numbers of its own. The last save is of the epoch before"
+        )
 
 
 def _card(run: _Run, network: nn.Module) -> dict[str, Any]:
@@ -653,7 +802,13 @@ def _card(run: _Run, network: nn.Module) -> dict[str, Any]:
 
 
 def selection_accuracy(
-    method: Method, model: nn.Module, split: SelectionSplit, *, seed: int, device: torch.device
+    method: Method,
+    model: nn.Module,
+    split: SelectionSplit,
+    *,
+    seed: int,
+    device: torch.device,
+    group: Group = ALONE,
 ) -> tuple[float, float]:
     """Clean accuracy, and accuracy under margin PGD-10 in the method's threat model, on held-out training images.
 
@@ -665,6 +820,7 @@ def selection_accuracy(
         split: Images held out of the training set. A test split is refused.
         seed: Seed of the attack's start; the same images get the same start in every epoch.
         device: Where to compute.
+        group: Processes that measure together, each its share; they get the same result.
 
     Returns:
         Clean and robust accuracy in [0, 1]; an image is robust if no iterate of the attack is misclassified.
@@ -682,7 +838,8 @@ def selection_accuracy(
     with contextlib.suppress(FoldingError):  # the model itself is attacked then
         frozen = fold(model, images)
     right = safe = 0
-    stream = batches(split, batch_size=500, epoch=0, seed=seed, shuffle=False, drop_last=False, device=device)
+    usual: dict[str, Any] = {"shuffle": False, "drop_last": False, "device": device, "group": group}
+    stream = batches(split, batch_size=500, epoch=0, seed=seed, **usual)
     was_training = model.training
     model.eval()
     for number, batch in enumerate(stream):
@@ -698,6 +855,7 @@ def selection_accuracy(
             final = model(found.x).argmax(1) == batch.y
         safe += int((clean & final & (found.kappa == found.inspected)).sum())
     model.train(was_training)
+    right, safe = group.total(torch.tensor([right, safe])).tolist()
     return right / len(split), safe / len(split)
 
 
@@ -718,7 +876,15 @@ def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in log).encode())
 
 
+def _stop_signal(run: _Run, requested: list[int]) -> int:
+    """The signal by which any process was asked to stop, so that all do after the same step; 0 if none was."""
+    return run.group.largest(requested[0] if requested else 0)
+
+
 def _save_state(run: _Run, state: State) -> None:
+    """Write the state, which is the same in all processes and knows nothing of their number."""
+    if not run.group.leads:
+        return
     save_state(state, run.out / "checkpoints" / "state.safetensors", fingerprint=run.fingerprint)
 
 
@@ -729,12 +895,17 @@ def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step can be finished and saved; the second one stops at once."""
+def _stop_requests(*, patient: bool) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step can be finished and saved.
+
+    Args:
+        patient: Whether further signals are ignored, as under ``torchrun``, which passes on what the terminal has sent
+            already, and kills after a grace period of its own. Otherwise the second one stops at once.
+    """
     requested: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if requested:
+        if requested and not patient:
             raise KeyboardInterrupt
         requested.append(number)
 

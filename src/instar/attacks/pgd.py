@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -138,11 +138,14 @@ class PGD(Attack):
         x, y = batch.x, batch.y
         kappa, inspected, moves = counts(y), counts(y), counts(y)
         active = torch.ones_like(y, dtype=torch.bool)
+        # Processes must make the same forward passes where these exchange something: statistics, or whole-batch values.
+        together = stop is not None and (self.mode != "eval" or stop.coupling > 0)
+        still: Callable[[Tensor], bool] = batch.part.any if together else lambda mask: bool(mask.any())
         needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
         with forward_mode(model, self.mode), torch.no_grad():
             clean = full(model(x)) if "clean" in needs else None
             look = _Looking(self, model, batch, clean, needs, logit_scale(model))
-            moved = before = self.start(x, self.ball, generator)
+            moved = before = batch.part.drawn(lambda images: self.start(images, self.ball, generator), x)
             for step in range(steps):
                 seen, gradient = look(moved, kappa, inspected)
                 logits = seen.logits("adv")
@@ -151,20 +154,20 @@ class PGD(Attack):
                 kappa += right & active
                 if stop is not None:
                     halted = stop(replace(seen, kappa=kappa, inspected=inspected)) & active
-                    if not self.overshoot and halted.any():
+                    if not self.overshoot and still(halted):
                         if step == 0:
                             before = self._allowed_start(stop, look, x, moved)
                         moved = torch.where(_rows(halted), before, moved)
                         moves -= (halted & (moves > 0)).to(moves.dtype)
                     active = active & ~halted
-                    if not active.any():
+                    if not still(active):
                         break
                 stepped = moved + step_size * self.ball.steepest(gradient, moved)
                 stepped = self.ball.project(stepped, x) if self.project else stepped.clamp(0.0, 1.0)
                 before = moved
                 moved = stepped if stop is None else torch.where(_rows(active), stepped, moved)
                 moves += active
-            if stop is not None and not self.overshoot and steps and active.any():
+            if stop is not None and not self.overshoot and steps and still(active):
                 seen, _ = look(moved, kappa, inspected)
                 halted = stop(seen) & active
                 moved = torch.where(_rows(halted), before, moved)
@@ -230,7 +233,9 @@ class _Watching(Signal):
     def __call__(self, evidence: Evidence) -> Tensor:
         """False everywhere (B,)."""
         for rule in self.rules:
-            self.measured.setdefault(rule, []).append(rule.measure(evidence))
+            measured = rule.measure(evidence)
+            everywhere = evidence.part.gather(measured) if measured.ndim else measured
+            self.measured.setdefault(rule, []).append(everywhere)
         return torch.zeros_like(evidence.y, dtype=torch.bool)
 
 
@@ -259,6 +264,8 @@ class _Looking:
                 target=self.batch.target,
                 ball=self.attack.ball,
                 scale=self.scale,
+                batchwide=self.batch.part.batchwide,
+                part=self.batch.part,
             )
             # Summed, so that an instance's gradient does not depend on the size of the batch it came in.
             (gradient,) = torch.autograd.grad(self.attack.objective(evidence).sum(), at)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -17,10 +18,12 @@ from instar.cli.display import display
 from instar.config import Settings, build_method, find_recipe, read_value, written
 from instar.data import info
 from instar.errors import UserError
+from instar.follow import SINKS, following
 from instar.methods import RECIPES, Recipe
+from instar.parallel import leading
 from instar.presets import Preset, apply, changes_of, preset
 from instar.runs import read_run
-from instar.train import Interrupted, Result, resume, train
+from instar.train import Event, Interrupted, Result, resume, train
 
 DESCRIPTION = f"""Train a robust classifier.
 
@@ -28,6 +31,7 @@ RECIPE is one of {", ".join(RECIPES)}, or your own as my_file.py:my_method. `ins
 Every flag can stand in a YAML file (--config); --print-config writes one."""
 
 
+_LOG = f"follow the run with {', '.join(SINKS)}; may be given several times"
 WHICH = f"which recipe? instar train RECIPE ..., with one of {', '.join(RECIPES)}"
 
 
@@ -64,7 +68,10 @@ def run(words: Sequence[str]) -> int:
         print(_yaml(name, recipe, settings, arguments, changes, given.out), end="")
         return 0
     out = given.out or _default_out(name, settings)
-    with display(epochs=settings.epochs, stream=sys.stdout) as show:
+    with (
+        display(epochs=settings.epochs, stream=_stage()) as show,
+        following(given.log if leading() else [], out=out, note=show.line) as follow,
+    ):
         show.line(f"{name} on {settings.data}, {settings.epochs} epochs, seed {settings.seed} → {out}")
         try:
             result = train(
@@ -73,7 +80,7 @@ def run(words: Sequence[str]) -> int:
                 resume=given.resume,
                 arguments=arguments,
                 changes=changes,
-                on_event=show,
+                on_event=_both(show, follow),
                 note=show.line,
                 **fields,
             )
@@ -88,17 +95,23 @@ def _resume(words: Sequence[str]) -> int:
     """Go on with a run that is named by nothing but its folder."""
     made = parser("train --resume", "Go on with the run in --out, exactly; it knows its own configuration.")
     made.add_argument("--resume", action="store_true")
+    made.add_argument("--log", action="append", default=[], metavar="SINK", help=_LOG)
     made.add_argument("--out", type=str, default=None, help="folder of the run")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
     made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
+    made.add_argument("--accumulate", type=int, default=None, help="pieces of each process's batch, if it differs")
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")
     stored = read_run(given.out)
-    with display(epochs=stored["training"]["epochs"], stream=sys.stdout) as show:
+    with (
+        display(epochs=stored["training"]["epochs"], stream=_stage()) as show,
+        following(given.log if leading() else [], out=given.out, note=show.line) as follow,
+    ):
         show.line(f"{stored['recipe']} on {stored['data']['name']}, resumed → {given.out}")
         try:
-            result = resume(given.out, on_event=show, note=show.line, root=given.root, device=given.device)
+            where = {"root": given.root, "device": given.device, "accumulate": given.accumulate}
+            result = resume(given.out, on_event=_both(show, follow), note=show.line, **where)
         except Interrupted as stopped:
             show.line(str(stopped))
             return 128 + stopped.signal_number
@@ -106,7 +119,22 @@ def _resume(words: Sequence[str]) -> int:
     return 0
 
 
+def _both(one: Callable[[Event], None], other: Callable[[Event], None]) -> Callable[[Event], None]:
+    def listen(event: Event) -> None:
+        one(event)
+        other(event)
+
+    return listen
+
+
+def _stage() -> TextIO:
+    """Where a run is shown: of several processes the first one alone shows it."""
+    return sys.stdout if leading() else io.StringIO()
+
+
 def _summarise(result: Result) -> None:
+    if not leading():
+        return
     best, held_out = result.best, read_run(result.out)["selection"]["n"]
     print(
         f"best: epoch {best['epoch'] + 1:.0f}, {best['clean']:.1%} clean, {best['robust']:.1%} under margin PGD-10 "
@@ -164,6 +192,7 @@ def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentP
     made.add_argument("--recipe", type=str, help="the recipe, if it is not the first word")
     made.add_argument("--out", type=str, default=None, help="folder of the run (default: runs/RECIPE-DATA-seedS)")
     made.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    made.add_argument("--log", action="append", default=[], metavar="SINK", help=_LOG)
     made.add_argument("--preset", type=str, default=None, help="a published setting; instar explain RECIPE lists them")
     made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
     made.add_argument("--print_config", action="store_true", help="print the configuration as YAML and stop")

@@ -17,6 +17,7 @@ from instar.data.indexed import Images, ResidentImages, as_float, check_values
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evidence import Batch
+from instar.parallel import ALONE, Group
 from instar.randomness import generator
 
 _Item = TypeVar("_Item")
@@ -86,6 +87,7 @@ def batches(
     device: torch.device | str = "cpu",
     first_step: int = 0,
     limit: int | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Batch]:
     """The batches of one epoch, each instance with its official position.
 
@@ -102,6 +104,9 @@ def batches(
         first_step: Step to begin at, from 0: the remaining batches of an interrupted epoch, bit for bit.
         limit: Step to stop before, counted from the beginning of the epoch whatever `first_step` is; None means the
             whole epoch.
+        group: Processes that share each batch: this one fetches its rows alone, and draws the random numbers of the
+            whole batch, so that the shares together are the batch of one process. A process that has no row in a last,
+            small batch goes without it.
 
     Yields:
         `Batch` with x float32 (B, C, H, W) in [0, 1], y (B,) and index (B,), the official positions, all on `device`.
@@ -119,7 +124,7 @@ def batches(
     """
     steps = steps_between(split, batch_size, drop_last, first_step, limit)
     # An ordinary function around the generator: arguments are checked when it is called, not at the first batch.
-    return _batches(split, batch_size, epoch, seed, shuffle, augment, torch.device(device), steps)
+    return _batches(split, batch_size, epoch, seed, shuffle, augment, torch.device(device), steps, group)
 
 
 def steps_between(split: Split, batch_size: int, drop_last: bool, first_step: int, limit: int | None) -> range:
@@ -145,15 +150,26 @@ def _batches(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None,
     device: torch.device,
     steps: range,
+    group: Group,
 ) -> Iterator[Batch]:
     order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
-    chunks = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    wholes = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    parts = [group.part(len(whole)) for whole in wholes]
+    chunks = [chunk for part, whole in zip(parts, wholes, strict=True) if len(chunk := part.of(whole))]
     labels = split.images.labels
-    for step, (positions, images) in enumerate(_fetched(split.images, chunks, device), start=steps.start):
+    fetched = _fetched(split.images, chunks, device)
+    for step, part, (positions, images) in zip(steps, parts, fetched, strict=False):
         moved = images.to(device, non_blocking=True)
         if augment is not None:
-            moved = augment(moved, generator(seed, epoch=epoch, step=step, purpose="augment"))
-        yield Batch(as_float(moved), labels[positions].to(device), positions.to(device))
+            draws = generator(seed, epoch=epoch, step=step, purpose="augment")
+            moved = part.drawn(_drawing(augment, draws), moved)
+        yield Batch(as_float(moved), labels[positions].to(device), positions.to(device), part=part)
+
+
+def _drawing(
+    augment: Callable[[Tensor, torch.Generator], Tensor], draws: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    return lambda images: augment(images, draws)
 
 
 def _fetched(images: Images, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

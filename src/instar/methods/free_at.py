@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from instar.models.heads import logit_scale
 from instar.modes import forward_mode, full
 from instar.schedules import Schedule
 from instar.signals import CrossEntropy
-from instar.step import Loss, remembered
+from instar.step import Loss, detached, joined, remembered
 from instar.threat import ball
 
 PERTURBATION = "free.perturbation"
@@ -39,6 +40,8 @@ class Replays(Step):
     """
 
     count: int = 8
+
+    divides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the count."""
@@ -71,45 +74,59 @@ class Replays(Step):
         attack = method.attack
         assert isinstance(attack, PGD)
         _, step_size = attack.numbers()
-        offset = batch.shared.get(PERTURBATION)
-        if offset is None or offset.shape != batch.x.shape:
-            offset = torch.zeros_like(batch.x)
-        kappa = torch.zeros(len(batch), dtype=torch.int32, device=batch.y.device)
+        pieces = batch.split(options.get("accumulate", 1))
+        offsets = _rows_of(pieces, batch)
+        kappas = [torch.zeros(len(piece), dtype=torch.int32, device=batch.y.device) for piece in pieces]
         for replay in range(self.count):
-            moved = (batch.x + offset).clamp(0.0, 1.0).detach().requires_grad_()
-            with forward_mode(model, "train"):
-                evidence = Evidence(
-                    x=batch.x,
-                    y=batch.y,
-                    adv=full(model(moved)),
-                    x_adv=moved,
-                    kappa=kappa,
-                    inspected=torch.full_like(kappa, replay),
-                    budget=self.count,
-                    index=batch.index,
-                    memory=batch.memory,
-                    target=batch.target,
-                    labelled=batch.labelled,
-                    source=batch.source,
-                    ball=attack.ball,
-                    scale=logit_scale(model),
-                    shared=batch.shared,
-                )
-                loss = method.loss(evidence)
-                optimizer.zero_grad(set_to_none=True)
-                loss.mean().backward()
+            optimizer.zero_grad(set_to_none=True)
+            done = []
+            for place, piece in enumerate(pieces):
+                moved = (piece.x + offsets[place]).clamp(0.0, 1.0).detach().requires_grad_()
+                inspected = torch.full_like(kappas[place], replay)
+                with forward_mode(model, "train"):
+                    evidence = Evidence(
+                        x=piece.x,
+                        y=piece.y,
+                        adv=full(model(moved)),
+                        x_adv=moved,
+                        kappa=kappas[place],
+                        inspected=inspected,
+                        budget=self.count,
+                        index=piece.index,
+                        memory=piece.memory,
+                        target=piece.target,
+                        labelled=piece.labelled,
+                        source=piece.source,
+                        ball=attack.ball,
+                        scale=logit_scale(model),
+                        shared=piece.shared,
+                        batchwide=piece.part.batchwide,
+                        part=piece.part,
+                    )
+                    loss = method.loss(evidence)
+                    piece.part.mean(loss).backward()
+                gradient = moved.grad
+                assert gradient is not None
+                with torch.no_grad():
+                    kappas[place] = kappas[place] + (evidence.logits("adv").argmax(1) == piece.y)
+                    stepped = piece.x + offsets[place] + step_size * attack.ball.steepest(gradient, moved)
+                    offsets[place] = attack.ball.project(stepped, piece.x) - piece.x
+                counts = torch.full_like(kappas[place], self.count)
+                found = Adversary(moved.detach(), kappas[place], counts, counts - 1, self.count)
+                done.append(detached(Loss(loss, found, evidence)))
+            batch.part.group.add_up([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.step()
-            gradient = moved.grad
-            assert gradient is not None
-            with torch.no_grad():
-                kappa = kappa + (evidence.logits("adv").argmax(1) == batch.y)
-                stepped = batch.x + offset + step_size * attack.ball.steepest(gradient, moved)
-                offset = attack.ball.project(stepped, batch.x) - batch.x
-        batch.shared[PERTURBATION] = offset
-        inspected = torch.full_like(kappa, self.count)
-        found = Adversary(x=moved.detach(), kappa=kappa, inspected=inspected, moves=inspected - 1, budget=self.count)
-        computed = Loss(loss.detach(), found, evidence)
+        batch.shared[PERTURBATION] = batch.part.gather(torch.cat(offsets))
+        computed = joined(done, batch)
         return computed, remembered(method, computed)
+
+
+def _rows_of(pieces: Sequence[Batch], batch: Batch) -> list[Tensor]:
+    """The pieces' rows of the perturbation that the last global batch left behind; zeros where there is none."""
+    left = batch.shared.get(PERTURBATION)
+    if left is None or left.shape != (batch.part.size(batch.y), *batch.x.shape[1:]):
+        return [torch.zeros_like(piece.x) for piece in pieces]
+    return [piece.part.of(left) for piece in pieces]
 
 
 def free_at(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,8 @@ class GradientMisalignment(Signal):
     Deviations: the two forward passes do not update BatchNorm's running statistics.
     """
 
+    couples: ClassVar[bool] = True
+
     @property
     def needs(self) -> frozenset[str]:
         """The model itself, and random numbers."""
@@ -38,14 +42,15 @@ class GradientMisalignment(Signal):
         if evidence.ball is None:
             raise UserError("GradientMisalignment looks at the ball of the attack, and this method's attack has none")
         through = torch.is_grad_enabled()
-        noise = evidence.ball.sample(evidence.x, evidence.generator)
+        ball, draws = evidence.ball, evidence.generator
+        noise = evidence.part.drawn(lambda images: ball.sample(images, draws), evidence.x)
         with torch.enable_grad(), without_autocast(evidence.x.device.type):
             here = self._gradient(evidence, evidence.x, graph=False)
             there = self._gradient(evidence, evidence.x + noise, graph=through)
         sizes = here.norm(dim=1), there.detach().norm(dim=1)
         kept = (sizes[0] > 0) & (sizes[1] > 0) & (evidence.y != UNLABELLED)
         gap = torch.where(kept, 1 - F.cosine_similarity(here, there, dim=1), torch.zeros_like(sizes[0]))
-        return gap * (len(gap) / kept.sum().clamp_min(1))
+        return gap * evidence.batchwide(_stretch, kept)
 
     @staticmethod
     def _gradient(evidence: Evidence, x: Tensor, *, graph: bool) -> Tensor:
@@ -53,6 +58,11 @@ class GradientMisalignment(Signal):
         loss = F.cross_entropy(evidence.forward(x), evidence.y, reduction="sum", ignore_index=UNLABELLED)
         (gradient,) = torch.autograd.grad(loss, x, create_graph=graph)
         return gradient.flatten(1)
+
+
+def _stretch(kept: Tensor) -> Tensor:
+    """The factor (B,) that turns a mean over all instances into one over those that are kept."""
+    return (len(kept) / kept.sum().clamp_min(1)).expand(len(kept))
 
 
 def grad_align(

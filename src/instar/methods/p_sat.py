@@ -116,7 +116,7 @@ class LinearisedStep(Attack):
             raise UserError(f"bound is still the schedule {self.bound!r}: use method.at(progress) first")
         limit = self.limit
         with forward_mode(model, self.mode), torch.no_grad():
-            start = self.start(batch.x, self.ball, generator)
+            start = batch.part.drawn(lambda images: self.start(images, self.ball, generator), batch.x)
             at = start.detach().requires_grad_()
             with torch.enable_grad():
                 evidence = Evidence(x=batch.x, y=batch.y, adv=full(model(at)), x_adv=at, scale=logit_scale(model))

@@ -47,6 +47,9 @@ class Signal(abc.ABC):
     largest: ClassVar[float] = math.inf
     """The largest value there is, for difficulties; a stop rule with this bound never stops."""
 
+    couples: ClassVar[bool] = False
+    """Whether it looks at the whole batch (`Evidence.batchwide`, `Evidence.part`), and not at each instance alone."""
+
     @property
     def idle(self) -> bool:
         """For a stop rule: whether it can never stop anything, so that nothing has to be computed for it."""
@@ -59,6 +62,11 @@ class Signal(abc.ABC):
             return ()
         fields = (getattr(self, entry.name) for entry in dataclasses.fields(self))
         return tuple(item for item in fields if isinstance(item, Signal))
+
+    @property
+    def coupling(self) -> int:
+        """How many signals that look at the whole batch stand within one another; 0 if none does."""
+        return self.couples + max((part.coupling for part in self.parts), default=0)
 
     @abc.abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:

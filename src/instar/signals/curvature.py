@@ -72,6 +72,7 @@ class GaussNewtonCurvature(Referenced):
     memory: float = 0.9
 
     largest: ClassVar[float] = 1.0
+    couples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -129,6 +130,7 @@ class HessianCurvature(Referenced):
     memory: float = 0.9
 
     largest: ClassVar[float] = 1.0
+    couples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -151,9 +153,16 @@ class HessianCurvature(Referenced):
         # Without a warm start the direction has a seed of its own: the attack's numbers stay as they are.
         draws = None if warm else torch.Generator(device=evidence.x.device).manual_seed(0)
 
+        part = evidence.part
+        if part.piece:
+            raise UserError("HessianCurvature is one number for the whole batch, not for pieces: set accumulate=1")
+
         def loss_of(weights: Mapping[str, Tensor]) -> Tensor:
-            logits = evidence.forward(evidence.x_adv, weights)
-            return F.cross_entropy(logits, evidence.y, ignore_index=UNLABELLED)
+            if part.whole:
+                return F.cross_entropy(evidence.forward(evidence.x_adv, weights), evidence.y, ignore_index=UNLABELLED)
+            logits = evidence.forward(evidence.x_adv, part.group.same(weights))
+            summed = F.cross_entropy(logits, evidence.y, ignore_index=UNLABELLED, reduction="sum")
+            return summed / part.group.total((evidence.y != UNLABELLED).sum())
 
         found, vector = hessian_eigenvalue(
             loss_of, parameters, start=start, iterations=self.iterations if warm else self.cold, generator=draws

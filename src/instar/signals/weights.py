@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,8 @@ class GeometryWeight(Signal):
 
     shift: float | Schedule
     weight: str = "tanh"
+
+    couples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -163,6 +166,8 @@ class RankWeight(Signal):
 
     difficulty: Signal
     shape: str = "rank"
+
+    couples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the shape."""

@@ -1,0 +1,220 @@
+"""What one of several processes does in the tests: trains every case that a file lists, and keeps its numbers.
+
+Images, weights and optimiser are float64, so that what is left between process counts is the order of sums. Every case
+goes through `instar.train.train`: loader, attack, step, instance table, average, selection and checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import instar.data.resident
+import instar.train
+from instar import (
+    AWP,
+    PGD,
+    SAM,
+    CrossEntropy,
+    Exceeds,
+    GeometryWeight,
+    LossGap,
+    ProbabilityGap,
+    RankWeight,
+    UserError,
+    p_sat,
+    pgd_at,
+)
+from instar.data import ResidentImages, load
+from instar.method import Method
+from instar.methods import RECIPES
+from instar.methods.grad_align import GradientMisalignment
+from instar.models.heads import Cosine
+from instar.parallel import Group, ProcessLost, launched
+from instar.train import Event, Interrupted, StepDone, train
+
+# 18 = 5 + 5 + 4 + 4: the shares of four processes are not equal.
+BATCH, STEPS, SELECTED = 18, 2, 7
+
+
+class Net(nn.Module):
+    """Two convolutions and a head; the norm is BatchNorm, GroupNorm or none."""
+
+    def __init__(self, norm: str, *, cosine: bool) -> None:
+        super().__init__()
+        norms = {
+            "batch": nn.BatchNorm2d,
+            "group": lambda width: nn.GroupNorm(2, width),
+            "none": lambda _: nn.Identity(),
+        }
+        self.conv1 = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.norm1 = norms[norm](4)
+        self.conv2 = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.norm2 = norms[norm](6)
+        self.head = Cosine(24, 10, scale=8.0) if cosine else nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Smooth, so that a difference in the last digit cannot become a different side of a kink.
+        hidden = nn.functional.softplus(self.norm1(self.conv1(x)))
+        hidden = nn.functional.softplus(self.norm2(self.conv2(hidden)))
+        logits: Tensor = self.head(hidden.flatten(1))
+        return logits
+
+
+def network(norm: str, method: Method, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Net(norm, cosine=method.requires is not None).double()
+
+
+@functools.cache
+def images() -> ResidentImages:
+    digits = load("digits")
+    rows = torch.arange(BATCH * STEPS + SELECTED)
+    return ResidentImages(digits.fetch(rows), digits.labels[rows], digits.info)
+
+
+def method_of(case: dict[str, Any]) -> Method:
+    """The method of a case; attacks are short, and burn-ins are over."""
+    name, arguments = case["recipe"], case.get("arguments", {})
+    if name == "ranks within ranks":  # one whole-batch weight inside another, ascended too, and remembered
+        ranks = RankWeight(GeometryWeight(-1.0) * LossGap("clean"))
+        loss = ranks * CrossEntropy() + CrossEntropy("clean")
+        return replace(pgd_at(steps=3), loss=loss, perturbation=AWP(5e-3), remember=(("rank", ranks),))
+    if name == "gradients aligned and ranked":  # draws random numbers in the loss, in the ascent too
+        loss = RankWeight(LossGap("clean")) * CrossEntropy() + 0.2 * GradientMisalignment()
+        return replace(pgd_at(steps=3), loss=loss, perturbation=SAM(0.05))
+    if name == "batch statistics in an attack that stops":
+        return replace(p_sat(steps=3), attack=PGD(steps=3, mode="train", stop=Exceeds(ProbabilityGap(), -0.05)))
+    recipe = RECIPES[name]
+    accepted = recipe.__kwdefaults__ or {}
+    short: dict[str, Any] = {name: item for name, item in (("steps", 3), ("burn_in", 0)) if name in accepted}
+    return recipe(**(short | arguments))
+
+
+def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
+    """Train one case into `out`; a case that says when is interrupted or killed there."""
+    method = method_of(case)
+    usual: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": BATCH,
+        "selection": SELECTED,
+        "precision": "float32",
+        "lr": 0.05,
+    }
+    done = 0
+
+    def watch(event: Event) -> None:
+        nonlocal done
+        done += isinstance(event, StepDone)
+        if isinstance(event, StepDone) and done == case.get("interrupt"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if isinstance(event, StepDone) and done == case.get("stop launcher"):
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(3)  # the others wait for this process, and the launcher has told everybody by then
+
+    with contextlib.suppress(Interrupted), _dying(case, group):
+        train(
+            method,
+            out=out / case.get("out", case["name"]),
+            data=images(),
+            model=network(case["norm"], method, seed=1 + group.rank),  # the first process's weights count
+            group=group,
+            on_event=watch,
+            resume=case.get("resume", False),
+            **usual | {"fold": False} | case.get("settings", {}),
+        )
+
+
+@contextlib.contextmanager
+def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
+    """Kills a process in the middle of a step, at the first attempt."""
+    step, left = instar.train.training_step, case.get("kill after")
+
+    def last_step(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments, **options)
+
+    if left is None or group.rank != 1 or group.restarts:
+        yield
+        return
+    instar.train.training_step = last_step
+    try:
+        yield
+    finally:
+        instar.train.training_step = step
+
+
+def prepare() -> None:
+    """Float64 images, and less of what does not matter here."""
+    torch.set_num_threads(1)
+    single = instar.data.resident.as_float
+    for module in (instar.data.resident, instar.train):
+        module.as_float = lambda given: single(given).double()
+    instar.train._git_state = lambda: None
+    instar.train.SELECTION_STEPS = 2
+    os.fsync = lambda descriptor: None
+
+
+def main(cases: Path, out: Path) -> int:
+    """Train all cases that are for this number of processes; the exit status is 1 if one failed."""
+    with launched(torch.device("cpu")) as group:
+        for name, case in json.loads(cases.read_text()).items():
+            if group.size not in case.get("processes", [1, 2, 4]):
+                continue
+            folder = out if "out" in case else out / str(group.size)
+            try:
+                train_case(case | {"name": name}, folder, group)
+            except ProcessLost as lost:
+                print(f"process {group.rank}: {lost}", file=sys.stderr)
+                return 3
+            except UserError as error:
+                (folder / f"{name}.{group.rank}.error").write_text(str(error))
+            except Exception:
+                (folder / f"{name}.{group.rank}.traceback").write_text(traceback.format_exc())
+                return 1  # the processes are out of step
+    return 0
+
+
+def fork(cases: Path, out: Path, count: int) -> int:
+    """Run `main` in so many processes, as ``torchrun`` starts them, without importing torch in each anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                status = main(cases, out)
+            finally:
+                os._exit(status)
+        children.append(child)
+    return sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1]), Path(sys.argv[2])
+    prepare()
+    if "RANK" in os.environ:  # torchrun's
+        sys.exit(main(*where))
+    sys.exit(sum(fork(*where, int(count)) for count in sys.argv[3:]))
