@@ -334,7 +334,10 @@ def build_method(
         usual["step_size"] = given["eps"] / 4
     # A recipe with a step size of None derives it from eps in its own way.
     open_ = {name: item for name, item in usual.items() if name in accepted and accepted[name].default is not None}
-    method = recipe(**open_ | given)
+    try:
+        method = recipe(**open_ | given)
+    except TypeError as error:  # a tuple where a number belongs, as 6,0 for 6.0
+        raise UserError(f"{recipe.__name__} does not take these arguments: {error}") from error
     if not isinstance(method, Method):
         raise UserError(f"a recipe must return a Method; {recipe.__name__} returned {type(method).__name__}")
     if settings.ema and method.average is None:

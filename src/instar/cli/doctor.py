@@ -102,7 +102,7 @@ def _recipe(words: list[str]) -> tuple[Report, bool]:
     given = parse(made, words)
     settings = {key: getattr(given, key) for key in inspect.signature(Settings).parameters if key != "drops"}
     arguments = {key: getattr(given, key) for key in inspect.signature(recipe).parameters}
-    changes = dict(_change(text) for text in given.set)
+    changes = dict(_change(text) for text in given.set or ())
     training = predict(name, arguments=arguments, changes=changes, seconds=given.seconds, **settings)
     return replace(examine_machine(given.device), target=f"{name} on {given.data}", training=training), given.json
 

@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     given = parse(_parser(recipe, published), words)
     fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
     arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
-    changes = dict(_change(text) for text in given.set)
+    changes = dict(_change(text) for text in given.set or ())
     if published is not None:
         usual = _defaults() | dict(published.settings)
         chosen = {key: item for key, item in fields.items() if item != usual[key]}

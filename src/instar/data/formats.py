@@ -382,15 +382,14 @@ def read_row_png(path: Path, *, count: int) -> Images:
         UserError: the file is missing, cut off, or not an RGB picture of 1024×`count` pixels.
     """
     try:
-        with Image.open(path) as picture:
+        # From memory: Pillow asks the file for as many bytes as a header announces, and memory has no more than there are.
+        with Image.open(io.BytesIO(_content(path))) as picture:
             size, mode = picture.size, picture.mode
             if size != (1024, count) or mode != "RGB":
                 raise UserError(
                     f"{path}: expected an RGB picture of 1024×{count} pixels; got {mode} of {size[0]}×{size[1]}"
                 )
             rows = np.asarray(picture)
-    except FileNotFoundError:
-        raise missing(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: expected a complete PNG; got {str(error).splitlines()[0]}") from None
     return np.ascontiguousarray(rows.reshape(count, 32, 32, 3).transpose(0, 3, 1, 2))
@@ -417,7 +416,8 @@ def read_json_labels(path: Path, *, count: int, classes: int) -> Labels:
     if not isinstance(found, list) or len(found) != count or not all(type(label) is int for label in found):
         got = f"a list of {len(found):,}" if isinstance(found, list) else type(found).__name__
         raise UserError(f"{path}: expected a JSON list of {count:,} integer labels; got {got}")
-    return check_labels(np.array(found, dtype=np.int64), classes=classes, path=path)
+    bounded = [min(max(label, -1), classes) for label in found]  # what lies outside is refused, however long it is
+    return check_labels(np.array(bounded, dtype=np.int64), classes=classes, path=path)
 
 
 def read_picture(path: Path, *, height: int, width: int) -> Images:
@@ -444,10 +444,8 @@ def read_picture(path: Path, *, height: int, width: int) -> Images:
         >>> folder.cleanup()
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(_content(path))) as opened:
             picture = opened.convert("RGB")
-    except FileNotFoundError:
-        raise missing(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: expected a complete picture; got {str(error).splitlines()[0]}") from None
     if picture.size != (width, height):
