@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument("--expressions", type=int, default=980_000)
     parser.add_argument("--configurations", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=100_000, help="in all, over all readers of files")
+    parser.add_argument("--only", default="", help="names of readers with commas between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", type=float, default=2.0, help="GiB that a process may add")
     given = parser.parse_args()
@@ -85,7 +86,7 @@ def main() -> int:
     counts = {"expression": given.expressions, "configuration": given.configurations}
     share = -(-given.files // (len(names) - len(counts)))
     rows = []
-    for name in names:
+    for name in given.only.split(",") if given.only else names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows.append(pool.apply(work, (name, counts.get(name, share), given.seed, int(given.memory * 2**30))))
         print({key: entry for key, entry in rows[-1].items() if key != "crashes"}, len(rows[-1]["crashes"]), flush=True)

@@ -382,7 +382,7 @@ def read_row_png(path: Path, *, count: int) -> Images:
         UserError: the file is missing, cut off, or not an RGB picture of 1024×`count` pixels.
     """
     try:
-        # From memory: Pillow asks the file for as many bytes as a header announces, and memory has no more than there are.
+        # From memory: Pillow asks for as many bytes as a header announces, and memory has no more than there are.
         with Image.open(io.BytesIO(_content(path))) as picture:
             size, mode = picture.size, picture.mode
             if size != (1024, count) or mode != "RGB":
