@@ -82,6 +82,8 @@ def run(words: Sequence[str]) -> int:
         raise UserError("evaluate what? instar evaluate RUN_OR_WEIGHTS ...")
     processes.check(given.processes)
     about_model = robustbench.told(given.about or ())
+    if about_model and given.suite != "robustbench":
+        raise UserError("--about is for --suite robustbench, which alone writes an entry")
     team = Team.from_environment()
     if given.processes > 1 and team.alone:
         return processes.start(["evaluate", *typed], processes=given.processes)
