@@ -89,7 +89,7 @@ def run(words: Sequence[str]) -> int:
 def _work(given: Namespace, members: Sequence[Member], out: Path, parameters: Mapping[str, Any]) -> None:
     missing = [member for member in members if not _complete(member)]
     done = len(members) - len(missing)
-    print(f"{len(members)} runs, {done} of them complete → {out}", flush=True)
+    print(f"{len(members)} run{'s' if len(members) != 1 else ''}, {done} complete → {out}", flush=True)
 
     def report(member: Member, what: str) -> None:
         if what == "ended":
