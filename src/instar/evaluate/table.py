@@ -35,7 +35,14 @@ def rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         names += [name for name in record.scores if name not in {*names, *hidden} and not beyond.is_cell(name)]
     titles = {name: score.title for record in records for name, score in record.scores.items()}
     found = [(titles[name], [_cell(record.scores.get(name)) for record in records]) for name in [*names, "worst_case"]]
-    return [*found[:-1], *beyond.rows(records), found[-1]]
+    attacked = any(_counted(record) for record in records)  # else the worst case is the clean accuracy, and misleads
+    return [*found[:-1], *beyond.rows(records), *(found[-1:] if attacked else [])]
+
+
+def _counted(record: Record) -> bool:
+    """Whether any attack of a record counts in its worst case."""
+    attacks = record.protocol.get("attacks")
+    return attacks is None or any(attack.get("counts", True) for name, attack in attacks.items() if name != "clean")
 
 
 def _marked(record: Record, mark: str, value: bool) -> list[str]:
@@ -125,8 +132,9 @@ def render(records: Sequence[Record]) -> Group:
     table.add_column("accuracy, %")
     for name in headings(records):
         table.add_column(name, justify="right")
+    ends = {0, next((n - 1 for n, (title, _) in enumerate(cells) if title == "worst case"), 0)}
     for number, (title, values) in enumerate(cells):
-        table.add_row(title, *values, end_section=number in (0, len(cells) - 2))
+        table.add_row(title, *values, end_section=number in ends)
     # Not the table's own caption, which is wrapped to the table's width.
     grids = (beyond.render(record) for record in records if beyond.corrupted(record) is not None)
     notes = dict.fromkeys(note for record in records for note in beyond.notes(record))
