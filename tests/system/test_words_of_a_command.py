@@ -34,3 +34,9 @@ def test_help_keeps_the_lines_of_a_list():
 def test_about_is_refused_where_no_entry_is_written(capsys):
     assert main(["evaluate", "nowhere", "--suite", "quick", "--about", "name=x"]) == 2
     assert "--about is for --suite robustbench, which alone writes an entry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--n", "--batch-size"])
+def test_doctor_refuses_counts_below_one(flag, capsys):
+    assert main(["doctor", "nowhere", flag, "0"]) == 2
+    assert "must be at least 1; got 0" in capsys.readouterr().err

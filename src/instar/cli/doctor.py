@@ -69,6 +69,9 @@ def _target(words: list[str]) -> tuple[Report, bool]:
         raise unknown("suite", given.suite, SUITES)
     if given.checkpoint not in ("best", "last"):
         raise unknown("checkpoint", given.checkpoint, ("best", "last"))
+    for name, number in (("n", given.n), ("batch_size", given.batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be at least 1; got {number}")
     report = examine(
         given.target,
         data=given.data,
