@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from instar.errors import UserError
-from instar.evaluate import AutoAttack, Record, Suite, beyond, evaluate
+from instar.evaluate import AutoAttack, Record, Suite, beyond, evaluate, table
 from instar.evaluate.beyond import eps_sweep, multinorm, union
 from instar.threat import L1, L2, Ball, Linf
 
@@ -156,6 +156,9 @@ def test_the_table_of_corruptions_has_severities_across_and_means_at_its_ends() 
     assert f"Mean of 10 corruptions and severities {100 * summary.mean:.1f} %" in text
     ((title, (cell,)),) = beyond.rows([record])
     assert (title, cell.split()[0]) == ("mean of corruptions", f"{100 * summary.mean:.1f}")
+    titles = [title for title, _ in table.rows([record])]
+    assert "mean of corruptions" in titles
+    assert "worst case" not in titles  # no attack counts in it: it would be the clean accuracy
 
 
 def test_the_stand_in_is_said_where_frost_was_computed_and_only_there() -> None:
