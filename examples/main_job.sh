@@ -28,6 +28,7 @@ cat <<DONE
 Done. What lies in $out:
   checkpoints/best.safetensors   the robust model; load it with instar.load("$out")
   evaluations/*.json             its accuracy under each attack, with everything the numbers depend on
+  report.html                    one page with all of it: verdict, curves, attacks, images, every training instance
   pictures/*.png                 learning curves, the attack steps that training images survive, the hardest images
   instances/*.npz                what happened to every training image, epoch by epoch
   run.json, log.jsonl            the whole configuration and the course of training
