@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from instar.arrays import Arrays
 from instar.errors import UserError
 from instar.evaluate import autoattack
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.sanity import findings
-from instar.evaluate.shards import Arrays, Outcome, Shard
+from instar.evaluate.shards import Outcome, Shard
 from instar.evaluate.subject import examined
 from instar.evaluate.suites import Entry
 from instar.threat import L1, L2, Ball, Linf

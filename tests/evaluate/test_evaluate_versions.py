@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from instar import parse
+from instar.arrays import Arrays
 from instar.errors import UserError
 from instar.evaluate import AutoAttack, Suite, attacks_of, evaluate, quick
-from instar.evaluate.shards import Arrays, Outcome, Shard
+from instar.evaluate.shards import Outcome, Shard
 from instar.evaluate.subject import examined
 from instar.threat import L1, L2, Ball, Linf
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from instar.arrays import pack, read_arrays
 from instar.errors import UserError, unknown
-from instar.evaluate.shards import make_folder, packed, unpacked
+from instar.evaluate.shards import make_folder
 from instar.storage import read_json, write_atomically
 
 FORMAT = 1
@@ -123,7 +124,7 @@ class Found:
         make_folder(target.parent)
         _keep_other(target, self.protocol)
         columns = {f"{name}/{column}": array for name, table in self.tables.items() for column, array in table.items()}
-        write_atomically(target.with_suffix(".npz"), packed(columns))
+        write_atomically(target.with_suffix(".npz"), pack(columns))
         content = {
             "format": FORMAT,
             "name": self.name,
@@ -209,7 +210,7 @@ def read(path: str | os.PathLike[str]) -> Found:
         raise UserError(f"{path} is no analysis of format {FORMAT}")
     try:
         tables: dict[str, Table] = {}
-        for key, column in unpacked(path.with_suffix(".npz")).items():
+        for key, column in read_arrays(path.with_suffix(".npz"), what="analysis").items():
             name, _, within = key.partition("/")
             tables.setdefault(name, {})[within] = column
         return Found(

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import instar
 from instar.analyse.analysis import FOLDER, Found, stored
+from instar.arrays import Arrays
 from instar.data import TestSplit, TrainSplit, hold_out, load
 from instar.data.splits import Split
 from instar.errors import UserError, unknown
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE
 from instar.evaluate.evaluation import check_classes, check_labels, device_named, some_of
-from instar.evaluate.shards import Arrays, Store, fetch
+from instar.evaluate.shards import Store, fetch
 from instar.evaluate.subject import Subject, examined
 from instar.evaluate.targets import CHECKPOINTS, Case, Normalization, Wishes, described, resolve
 from instar.expression import number

@@ -20,9 +20,10 @@ import torch
 from pyautoattack import checks
 from torch import Tensor, nn
 
+from instar.arrays import Arrays
 from instar.errors import UserError, unknown
 from instar.evaluate.judging import Verdict, judged
-from instar.evaluate.shards import Arrays, Keep, Outcome, Shard, keep_nothing
+from instar.evaluate.shards import Keep, Outcome, Shard, keep_nothing
 from instar.evaluate.subject import Subject
 from instar.expression import value
 from instar.randomness import key

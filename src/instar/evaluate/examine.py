@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from instar.arrays import Arrays
 from instar.attacks import PGD, Attack
 from instar.evaluate import compaction
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.judging import Verdict, judged
-from instar.evaluate.shards import Arrays, Keep, Outcome, Shard, keep_nothing
+from instar.evaluate.shards import Keep, Outcome, Shard, keep_nothing
 from instar.evaluate.subject import Subject
 from instar.evidence import Batch
 from instar.randomness import generator, key

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from instar.arrays import Arrays, pack, read_arrays
 from instar.errors import UserError
 from instar.evaluate.intervals import wilson
 from instar.evaluate.sanity import Finding
-from instar.evaluate.shards import Arrays, make_folder, packed, unpacked
+from instar.evaluate.shards import make_folder
 from instar.evaluate.verdict import SOUND, Verdict, conclude
 from instar.storage import write_atomically
 
@@ -171,7 +172,7 @@ class Record:
         target = folder / f"{self.suite}-{self.checkpoint}.json"
         make_folder(target.parent)
         _keep_other(target, self.protocol)
-        write_atomically(target.with_suffix(".npz"), packed(self.instances))
+        write_atomically(target.with_suffix(".npz"), pack(self.instances))
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(target, f"{text}\n".encode())
         return replace(self, path=target)
@@ -215,7 +216,7 @@ def read(path: str | os.PathLike[str]) -> Record:
         scores = {
             name: Score(entry["title"], entry["correct"], entry["count"]) for name, entry in content["results"].items()
         }
-        instances = unpacked(path.with_suffix(".npz"))
+        instances = read_arrays(path.with_suffix(".npz"), what="evaluation record")
         return Record(
             target=content["target"],
             suite=content["suite"],

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import instar
+from instar.arrays import Arrays
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import Conditions
@@ -19,7 +20,7 @@ from instar.evaluate.examine import budget
 from instar.evaluate.finding import SUSPECT, Finding
 from instar.evaluate.record import Record, Score
 from instar.evaluate.sanity import findings
-from instar.evaluate.shards import Arrays, Outcome
+from instar.evaluate.shards import Outcome
 from instar.evaluate.subject import Subject
 from instar.evaluate.suites import Suite
 from instar.evaluate.targets import Case, described

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from instar.arrays import Arrays, pack, read_arrays
 from instar.data.indexed import as_float, check_values
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.storage import write_atomically
 
-Arrays = dict[str, np.ndarray]
 Keep = Callable[[int, int, np.ndarray, Tensor], None]
 """Takes examples that broke points: stage, position within the stage, rows of the shard (m,), images (m, C, H, W)."""
 
@@ -178,7 +177,7 @@ class Store:
         if self.folder is None:
             return None
         try:
-            return unpacked(self.folder / key)
+            return read_arrays(self.folder / key, what="finished part")
         except Exception:  # absent or damaged in whatever way: either means to compute it again
             return None
 
@@ -191,25 +190,7 @@ class Store:
         if self.folder is None:
             return
         make_folder(self.folder)
-        write_atomically(self.folder / key, packed(arrays))
-
-
-def packed(arrays: Arrays) -> bytes:
-    """A compressed ``.npz`` file as bytes, equal for equal arrays."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def unpacked(path: Path) -> Arrays:
-    """The arrays of a ``.npz`` file, without the right to run code.
-
-    Raises:
-        Exception: The file is absent, or damaged in one of many ways.
-    """
-    # Opened here, because numpy leaves a file open that it cannot read.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        write_atomically(self.folder / key, pack(arrays))
 
 
 def make_folder(folder: Path) -> None:

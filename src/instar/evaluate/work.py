@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from instar.arrays import Arrays, pack
 from instar.errors import UserError
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.clean import Clean
@@ -22,7 +23,7 @@ from instar.evaluate.examine import examine
 from instar.evaluate.examples import Examples, gathered, keeper, kept
 from instar.evaluate.progress import Progress
 from instar.evaluate.recording import version
-from instar.evaluate.shards import Arrays, Keep, Outcome, Shard, Store, keep_nothing, packed
+from instar.evaluate.shards import Keep, Outcome, Shard, Store, keep_nothing
 from instar.evaluate.subject import Subject, one_line
 from instar.evaluate.suites import Entry
 from instar.evaluate.targets import Case
@@ -86,7 +87,7 @@ class Work:
             outcome = self._attack(entry, self._images(number))
             self._done[entry.name, number] = outcome
             if not self.team.alone:
-                self.team.put(self._piece(entry, number), packed(outcome.to_arrays()))
+                self.team.put(self._piece(entry, number), pack(outcome.to_arrays()))
             self._tell(entry, number, 1.0, int(outcome.robust.sum()))
 
     def wait(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import math
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from instar.arrays import read_arrays
 from instar.data.catalogue import CATALOGUE
 from instar.errors import UserError
 from instar.evaluate.record import Record
@@ -159,7 +159,7 @@ class StoredRun:
             UserError: The file is missing or damaged, or holds no row of that epoch.
         """
         path = self.folder / "instances" / f"epoch_{epoch:03d}.npz"
-        table = _arrays(path)
+        table = read_arrays(path, what="instance table")
         if missing := {"seen", "kappa", "loss"} - set(table):
             raise UserError(f"the instance table {path} has no column {', '.join(sorted(missing))}")
         if len({column.shape for column in table.values()}) != 1 or table["seen"].ndim != 1:
@@ -209,15 +209,6 @@ def read(run: str | Path | StoredRun) -> StoredRun:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not the description of a run: {type(error).__name__}: {error}") from None
     return stored
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # From memory: numpy leaves the file open when the archive in it is damaged.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, *_DAMAGED) as error:
-        raise UserError(f"cannot read the instance table {path}: {error}") from None
 
 
 def read_evaluation(path: Path) -> Record:
