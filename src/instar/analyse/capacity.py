@@ -13,11 +13,11 @@ Deviations: they attack the training images anew with PGD-10 and give the natura
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import protocol_of, stacked
 from instar.analyse.draw_capacity import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.target import Target
@@ -105,12 +105,7 @@ def compare(founds: Sequence[Found]) -> Found:
         "data": np.array([str((one.protocol.get("data") or {}).get("title")) for one in named]),
         **{name: np.array([one.figures[name] for one in named]) for name in named[0].figures},
     }
-    parts = [one.tables["epochs"] for one in named]
-    tables = {
-        "members": members,
-        "epochs": {"member": np.repeat(np.arange(len(parts)), [len(part["epoch"]) for part in parts])}
-        | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
-    }
+    tables = {"members": members, "epochs": stacked([one.tables["epochs"] for one in named])}
     low, high = int(np.argmin(members["train_adversarial"])), int(np.argmax(members["train_adversarial"]))
     summary = (
         f"The error under the training attack is highest for {members['label'][high]} ({members['model'][high]}, "
@@ -118,13 +113,7 @@ def compare(founds: Sequence[Found]) -> Found:
         f"{members['label'][low]} ({members['model'][low]}, {members['threat'][low]}: "
         f"{percent(members['train_adversarial'][low])})."
     )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(dict.fromkeys(one.label for one in named)),
-        "checkpoint": COMPARED,
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named)
     figures = {"difference": float(members["train_adversarial"][high] - members["train_adversarial"][low])}
     return Found(NAME, TITLE, summary, figures, tables, protocol)
 

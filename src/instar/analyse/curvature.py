@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import images_of, members_of, protocol_of, stacked
 from instar.analyse.draw_curvature import draw, draw_compared
 from instar.analyse.hessian import InputHessian, WeightHessian, weights_of
 from instar.analyse.lanczos import Density, lanczos, rule_of, top_eigenpairs, top_of
@@ -517,31 +517,17 @@ def compare(founds: Sequence[Found]) -> Found:
     if len(founds) < 2:
         raise UnavailableError("there is nothing to compare: curvature was measured for one checkpoint only")
     named = renamed(founds)
-    names = sorted(set[str]().union(*(one.figures for one in named)))
-    members: Table = {
-        "label": np.array([one.label for one in named]),
-        "epoch": np.array([float(e) if (e := one.protocol.get("epoch")) is not None else np.nan for one in named]),
-        **{name: np.array([one.figures.get(name, np.nan) for one in named]) for name in names},
-    }
+    members = members_of(named)
     tables = {"members": members}
     for name in ("radii", "spectrum"):
-        parts = [one.tables[name] for one in named]
-        numbers = np.concatenate([np.full(len(part["radius"]), k) for k, part in enumerate(parts)])
-        tables[name] = {"member": numbers} | _stacked(parts)
+        tables[name] = stacked([one.tables[name] for one in named])
     order = np.argsort(members["largest"])
     low, high = order[0], order[-1]
     summary = (
         f"The adversarial loss bends most at {members['label'][high]} (largest eigenvalue "
         f"{members['largest'][high]:.3g}) and least at {members['label'][low]} ({members['largest'][low]:.3g})."
     )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(dict.fromkeys(one.label for one in named)),
-        "checkpoint": COMPARED,
-        "n": max(int(one.protocol.get("n", 0)) for one in named),
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named, n=images_of(named))
     return Found(
         NAME, TITLE, summary, {"ratio": float(members["largest"][high] / members["largest"][low])}, tables, protocol
     )

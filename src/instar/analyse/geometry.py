@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import images_of, members_of, protocol_of, stacked
 from instar.analyse.draw_geometry import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.sources import in_words
@@ -340,13 +340,8 @@ def compare(founds: Sequence[Found]) -> Found:
     if len(founds) < 2:
         raise UnavailableError("there is nothing to compare: geometry was measured for one checkpoint only")
     named = renamed(founds)
-    members: Table = {
-        "label": np.array([one.label for one in named]),
-        "epoch": np.array([float(e) if (e := one.protocol.get("epoch")) is not None else np.nan for one in named]),
-        **{name: np.array([one.figures[name] for one in named]) for name in named[0].figures},
-    }
+    members = members_of(named)
     kappa = [one.tables["kappa"] for one in named]
-    flat = [one.tables["flatness"] for one in named]
     tables: dict[str, Table] = {
         "members": members,
         "kappa": {
@@ -354,8 +349,7 @@ def compare(founds: Sequence[Found]) -> Found:
             "survived": np.concatenate([part["kappa"] / part["kappa"].max() for part in kappa]),
             "share": np.concatenate([part["count"] / part["count"].sum() for part in kappa]),
         },
-        "flatness": {"member": np.concatenate([np.full(len(part["mean"]), k) for k, part in enumerate(flat)])}
-        | {name: np.concatenate([part[name] for part in flat]) for name in flat[0]},
+        "flatness": stacked([one.tables["flatness"] for one in named]),
     }
     order = np.argsort(members["guarded"])
     low, high = order[0], order[-1]
@@ -363,14 +357,7 @@ def compare(founds: Sequence[Found]) -> Found:
         f"{members['label'][high]} guards most images ({percent(members['guarded'][high])} withstand every step), "
         f"{members['label'][low]} fewest ({percent(members['guarded'][low])})."
     )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(dict.fromkeys(one.label for one in named)),
-        "checkpoint": COMPARED,
-        "n": max(int(one.protocol.get("n", 0)) for one in named),
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named, n=images_of(named))
     figures = {"guarded_difference": float(members["guarded"][high] - members["guarded"][low])}
     return Found(NAME, TITLE, summary, figures, tables, protocol)
 

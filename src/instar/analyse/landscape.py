@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import images_of, members_of, protocol_of, stacked
 from instar.analyse.curvature import attack_on, fewer
 from instar.analyse.draw_landscape import draw, draw_compared
 from instar.analyse.hessian import weights_of
@@ -401,32 +402,17 @@ def compare(founds: Sequence[Found]) -> Found:
     if len(founds) < 2:
         raise UnavailableError("there is nothing to compare: the landscape was measured for one checkpoint only")
     named = renamed(founds)
-    members: Table = {
-        "label": np.array([one.label for one in named]),
-        "epoch": np.array([float(e) if (e := one.protocol.get("epoch")) is not None else np.nan for one in named]),
-        **{name: np.array([one.figures[name] for one in named]) for name in named[0].figures},
-    }
+    members = members_of(named)
     tables = {"members": members}
     for name in ("plane", "line", "pixels"):
-        parts = [one.tables[name] for one in named]
-        counts = [len(next(iter(part.values()))) for part in parts]
-        tables[name] = {"member": np.repeat(np.arange(len(parts)), counts)} | {
-            column: np.concatenate([part[column] for part in parts]) for column in parts[0]
-        }
+        tables[name] = stacked([one.tables[name] for one in named])
     rise = members["adversarial_half"] - members["adversarial_loss"]
     low, high = int(np.argmin(rise)), int(np.argmax(rise))
     summary = (
         f"In random directions of the weights the adversarial loss rises most at {members['label'][high]} "
         f"({rise[high]:.2f} nats half a filter's norm away) and least at {members['label'][low]} ({rise[low]:.2f})."
     )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(dict.fromkeys(one.label for one in named)),
-        "checkpoint": COMPARED,
-        "n": max(int(one.protocol.get("n", 0)) for one in named),
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named, n=images_of(named))
     return Found(NAME, TITLE, summary, {"largest_rise": float(rise[high])}, tables, protocol)
 
 

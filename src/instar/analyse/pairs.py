@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.compared import members_of
 from instar.analyse.draw_pairs import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.sources import in_words
@@ -329,12 +330,7 @@ def compare(founds: Sequence[Found]) -> Found:
     named = renamed(founds)
     if len(named) < 2:
         raise UnavailableError("there is nothing to compare: pairs were found for one checkpoint only")
-    names = list(named[0].figures)
-    members: Table = {
-        "label": np.array([one.label for one in named]),
-        "epoch": np.array([float(e) if (e := one.protocol.get("epoch")) is not None else np.nan for one in named]),
-        **{name: np.array([one.figures.get(name, np.nan) for one in named]) for name in names},
-    }
+    members = members_of(named)
     first = named[0].tables["pairs"]
     pairs: Table = {"true": first["true"], "predicted": first["predicted"]}
     for number, one in enumerate(named):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import images_of, protocol_of, stacked
 from instar.analyse.draw_reweighting import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.target import Target
@@ -242,22 +243,13 @@ def compare(founds: Sequence[Found]) -> Found:
     }
     tables = {"members": members}
     for name in ("epochs", "weights"):
-        parts = [one.tables[name] for one in named]
-        numbers = np.repeat(np.arange(len(parts)), [len(part["epoch"]) for part in parts])
-        tables[name] = {"member": numbers} | {c: np.concatenate([part[c] for part in parts]) for c in parts[0]}
+        tables[name] = stacked([one.tables[name] for one in named])
     high, low = int(np.argmax(members["guarded"])), int(np.argmin(members["guarded"]))
     summary = (
         f"At the end, {percent(members['guarded'][high])} of the training images are guarded in "
         f"{members['label'][high]}, {percent(members['guarded'][low])} in {members['label'][low]}."
     )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(dict.fromkeys(one.label for one in named)),
-        "checkpoint": COMPARED,
-        "n": max(int(one.protocol.get("n", 0)) for one in named),
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named, n=images_of(named))
     figures = {"guarded_difference": float(members["guarded"][high] - members["guarded"][low])}
     return Found(NAME, TITLE, summary, figures, tables, protocol)
 

@@ -1,0 +1,48 @@
+"""What every comparison of results is made of: a row for each result, their tables stacked, and one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from instar.analyse.analysis import COMPARED, Found, Table
+
+
+def members_of(named: Sequence[Found]) -> Table:
+    """A row for each result: ``label``, ``epoch`` (NaN where there is none), and its figures (NaN where it lacks one).
+
+    Args:
+        named: Results, with labels that tell them apart.
+    """
+    names = dict.fromkeys(name for one in named for name in one.figures)
+    return {
+        "label": np.array([one.label for one in named]),
+        "epoch": np.array([float(e) if (e := one.protocol.get("epoch")) is not None else np.nan for one in named]),
+        **{name: np.array([one.figures.get(name, np.nan) for one in named]) for name in names},
+    }
+
+
+def stacked(parts: Sequence[Table]) -> Table:
+    """Tables with the same columns, one below the other; the column ``member`` says which one a row is from."""
+    counts = [len(next(iter(part.values()))) for part in parts]
+    rows = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+    return {"member": np.repeat(np.arange(len(parts)), counts)} | rows
+
+
+def images_of(named: Sequence[Found]) -> int:
+    """The most images that any result is about."""
+    return max(int(one.protocol.get("n", 0)) for one in named)
+
+
+def protocol_of(named: Sequence[Found], **more: Any) -> dict[str, Any]:
+    """The protocol of a comparison, which holds those of its members; `more` says what it adds."""
+    return {
+        "label": " · ".join(dict.fromkeys(one.label for one in named)),
+        "checkpoint": COMPARED,
+        **more,
+        "members": [dict(one.protocol) for one in named],
+        "seconds": 0.0,
+        "key": " ".join(str(one.protocol.get("key")) for one in named),
+    }
