@@ -95,8 +95,6 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
     if isinstance(target, nn.Module):
         return [_module(target, wishes)]
     path = Path(target).expanduser()
-    if path.is_dir() and (path / HUB_WEIGHTS).is_file() and not (path / "run.json").exists():
-        return [_file(path / HUB_WEIGHTS, wishes)]
     cases = _stored(path, wishes)
     for case in cases:
         _lay_out(case.model)
@@ -104,6 +102,8 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
 
 
 def _stored(path: Path, wishes: Wishes) -> list[Case]:
+    if path.is_dir() and (path / HUB_WEIGHTS).is_file() and not (path / "run.json").exists():
+        return [_file(path / HUB_WEIGHTS, wishes)]
     if path.is_dir():
         return _run(path, wishes)
     if not path.exists():
