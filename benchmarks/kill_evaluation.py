@@ -5,9 +5,10 @@
 A tiny network on the embedded digits is judged by PGD and AutoAttack in a process of its own, which SIGKILL ends at
 random moments after it has begun to look at images, which is started again, and so on, in as many rounds as the kills
 need. Prints one line a round: kills, whether record and rows are equal to the byte, and how many images the network saw
-beside those of an undisturbed evaluation, against what the kills may cost at most.
+beside those of an undisturbed evaluation, against what the kills may cost at most. With ``--processes 2`` every attempt
+is shared by two processes, which are killed together; the undisturbed evaluation is still that of one process.
 
-Exit status 1 if a record differs or more was computed twice than one shard and one start a kill.
+Exit status 1 if a record differs or more was computed twice than one shard and one start a kill and process.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> int:
     given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given.add_argument("--kills", type=int, default=20)
     given.add_argument("--seed", type=int, default=0)
-    given.add_argument("--processes", type=int, default=1, help="processes of every second attempt")
+    given.add_argument("--processes", type=int, default=1, help="processes that share every attempt")
     arguments = given.parse_args()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="instar-kills-") as name:
@@ -86,12 +87,13 @@ def main() -> int:
             rounds += 1
             out = place / f"killed-{rounds}"
             done = 0
-            while kills < arguments.kills and _killed(place, out, chance.uniform(0, seconds / 4)):
+            processes = arguments.processes
+            while kills < arguments.kills and _killed(place, out, chance.uniform(0, seconds / 4), processes):
                 kills, done = kills + 1, done + 1
-            processes = arguments.processes if rounds % 2 == 0 else 1
             _finish(place, out, processes)
             equal = _record(out) == _record(place / "whole") and _rows(out) == _rows(place / "whole")
-            extra, allowed = _seen(out) - whole, done * (shard + start) + (processes - 1) * start
+            # Each process has a shard at hand and looks at the clean images when it starts.
+            extra, allowed = _seen(out) - whole, done * processes * (shard + start) + (processes - 1) * start
             print(f"round {rounds}: {done} kills, equal: {equal}, {extra} images seen twice of at most {allowed:.0f}")
             bad += not equal or extra > allowed
         print(f"{kills} kills in {rounds} rounds: {'all records equal' if not bad else f'{bad} rounds differ'}")
@@ -141,11 +143,11 @@ def _finish(place: Path, out: Path, processes: int) -> None:
         sys.exit(f"the evaluation failed: {done.stderr.decode()}")
 
 
-def _killed(place: Path, out: Path, delay: float) -> bool:
+def _killed(place: Path, out: Path, delay: float, processes: int) -> bool:
     """Start an evaluation and kill it `delay` seconds after it began to see images; whether it was still at work."""
     before = _seen(out)
     running = subprocess.Popen(
-        _command(place, out),
+        _command(place, out, processes),
         env=_environment(place, out),
         cwd=place,
         stdout=subprocess.DEVNULL,

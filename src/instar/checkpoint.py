@@ -111,6 +111,41 @@ def _numbers(text: str) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a run had come when its state was written.
+
+    Attributes:
+        epoch: Epoch that was running, from 0; the number of epochs when the run was complete.
+        step: Steps done in that epoch.
+    """
+
+    epoch: int
+    step: int
+
+
+def progress_of(path: Path) -> Reached:
+    """How far a run had come, from its state alone.
+
+    Args:
+        path: What `save_state` wrote.
+
+    Returns:
+        Epoch and step.
+
+    Raises:
+        UserError: The file is missing or damaged, or of another format.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            numbers = _numbers((file.metadata() or {}).get("state", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if numbers.get("format") != FORMAT:
+        raise UserError(f"the checkpoint {path} has format {numbers.get('format')}; this version reads {FORMAT}")
+    return Reached(numbers["epoch"], numbers["step"])
+
+
 def load_state(state: State, path: Path, *, fingerprint: str) -> None:
     """Put a saved state back, bit for bit, into freshly made objects.
 

@@ -20,13 +20,14 @@ from instar.evaluate.adaptive import (
     SCALES,
     adaptive,
     diagnoses,
-    online_of,
     sweep,
     transfers,
     with_surrogates,
+    with_twin,
 )
 from instar.evaluate.diagnosis import FallingLoss, VanishingGradient
 from instar.evaluate.entries import Entry, descent, pgd
+from instar.evaluate.targets import online_of
 from instar.evidence import Adversary, Batch, Evidence
 from instar.expression import parse
 from instar.models import create, load, save
@@ -403,7 +404,7 @@ def test_a_surrogate_that_changed_or_does_not_fit_is_one_line(surrogate: Path) -
     with pytest.raises(UserError, match="must be a list"):
         transfers(Linf(0.1), str(surrogate))
     with pytest.raises(UserError, match="surrogates are for the suite adaptive; the suite is quick"):
-        with_surrogates("quick", target="x", surrogates=[surrogate])
+        with_surrogates("quick", surrogates=[surrogate])
 
 
 def test_without_a_surrogate_there_is_no_such_column_and_the_verdict_says_so(surrogate: Path) -> None:
@@ -428,9 +429,8 @@ def test_the_online_weights_of_a_run_with_an_average_are_a_surrogate_by_themselv
     state = run / "checkpoints" / "state.safetensors"
     assert online_of(run) == state
     assert online_of(tmp_path) is None
-    chosen = with_surrogates("adaptive", target=run, surrogates=[])
-    assert callable(chosen)
-    (entry,) = [entry for entry in chosen(Linf(0.1)).entries if entry.kind == "transfer"]
+    chosen = with_twin(adaptive(Linf(0.1)), state, Linf(0.1))
+    (entry,) = [entry for entry in chosen.entries if entry.kind == "transfer"]
     assert entry.title == "transfer from averaged (online weights)"
     averaged, followed = load(run / "checkpoints" / "last.safetensors"), online(state)
     pairs = list(zip(averaged.parameters(), followed.parameters(), strict=True))

@@ -134,11 +134,12 @@ def _surrogate(source: str, weights: str, device: str) -> nn.Module:
     return load(file).to(device).requires_grad_(False).eval()
 
 
-def online(state: Path) -> nn.Module:
+def online(state: Path, *, model: nn.Module | None = None) -> nn.Module:
     """The online weights of a run, which its average follows, from the file that it resumes from.
 
     Args:
         state: ``checkpoints/state.safetensors`` of a run; the card of its last checkpoint tells the architecture.
+        model: A module to put the weights into; needed where it was built by code of the user's own.
 
     Returns:
         The network in eval mode.
@@ -146,7 +147,7 @@ def online(state: Path) -> nn.Module:
     Raises:
         UserError: The file is damaged, or does not fit the card.
     """
-    network = load(state.with_name("last.safetensors"))
+    network = load(state.with_name("last.safetensors"), model=model)
     try:
         tensors = safetensors.torch.load_file(state)
     except Exception as error:  # safetensors has an error of its own for each kind of damage

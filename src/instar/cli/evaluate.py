@@ -49,7 +49,9 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--attack", type=str, action="append", default=None, help=more)
     how = "number of test images: the first in official order, or evenly spread if it is sorted by class"
     made.add_argument("--n", type=int, default=None, help=how)
-    made.add_argument("--checkpoint", type=str, default="both", help="of a run: both, best or last")
+    which = "of a run: both (best and last, the default), best, last, online (the weights that were trained, where "
+    which += "those are averages) or all (the default of the suite adaptive)"
+    made.add_argument("--checkpoint", type=str, default=None, help=which)
     made.add_argument("--data", type=str, default=None, help="data set; a run and a card know their own")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in")
     made.add_argument("--size", type=int, default=None, help="height and width of decoded pictures")
@@ -108,7 +110,7 @@ def _records(given: Namespace, team: Team) -> list[Record]:
     """Evaluate; only the first process has records."""
     suite: Any = None
     if given.suite is not None or given.surrogate:
-        suite = with_surrogates(given.suite or "standard", target=given.target, surrogates=given.surrogate or ())
+        suite = with_surrogates(given.suite or "standard", surrogates=given.surrogate or ())
     if given.attack:
         suite = attacks_of(given.attack, suite=suite)
     console = Console(soft_wrap=not sys.stdout.isatty())

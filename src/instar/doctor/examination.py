@@ -59,7 +59,7 @@ def examine(
         size: See there.
         model: See there.
         model_arguments: See there.
-        checkpoint: ``"best"`` or ``"last"`` of a run.
+        checkpoint: ``"best"``, ``"last"`` or ``"online"`` of a run.
         norm: See there.
         eps: See there. One that makes no sense is an error of the check ``eps``.
         normalize: See there.

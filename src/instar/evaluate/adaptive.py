@@ -15,7 +15,6 @@ from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.diagnosis import FallingLoss, VanishingGradient
 from instar.evaluate.entries import ONCE_WRONG, Entry, Suite, descent, fgsm, margin_pgd, pgd, spread
 from instar.expression import number
-from instar.models import read_card
 from instar.signals import CrossEntropy, Margin, Scaled
 from instar.threat import Ball, Linf
 
@@ -70,8 +69,9 @@ def adaptive(
 
     Everything of `sanity`, and: AutoAttack standard; PGD on α·z for eight α from 0.1 to 1000; the margins of nine
     target classes in turn; starts diversified in the outputs; Square with 20,000 queries three times; transfer from
-    the surrogates, if there are any. If anything here beats AutoAttack by more than 0.5 points, AutoAttack's number
-    may not be quoted.
+    the surrogates, if there are any. Of a run whose checkpoints are averaged, the online weights are evaluated too, and
+    averaged and online weights attacked through one another. If anything here beats AutoAttack by more than 0.5 points,
+    AutoAttack's number may not be quoted.
 
     Cost: about 82,000 forward passes an image of ten classes that withstands everything, 60,000 of them Square's
     (which need no gradients and are cheaper), on the first 200 images unless told otherwise.
@@ -110,7 +110,7 @@ def adaptive(
         *sweep(ball, steps=short),
         *diagnoses(ball, steps=short),
     )
-    return Suite("adaptive", entries, images=IMAGES)
+    return Suite("adaptive", entries, images=IMAGES, twin_steps=short)
 
 
 def _basic(ball: Ball, *, steps: int) -> tuple[Entry, ...]:
@@ -196,31 +196,12 @@ def transfers(ball: Ball, surrogates: Sequence[str | Path], *, steps: int = 20) 
     return tuple(found)
 
 
-def online_of(target: str | Path) -> Path | None:
-    """The online weights beside averaged ones: is the model that attacks were made for the one that is deployed?
-
-    Args:
-        target: What is evaluated.
-
-    Returns:
-        ``checkpoints/state.safetensors`` of a run whose checkpoints hold an average, else None.
-    """
-    state = Path(target).expanduser() / "checkpoints" / STATE
-    last = state.with_name("last.safetensors")
-    if not state.is_file() or not last.is_file():
-        return None
-    return state if read_card(last).get("weights") == "average" else None
-
-
-def with_surrogates(
-    suite: str, *, target: str | Path, surrogates: Sequence[str | Path]
-) -> str | Callable[[Ball], Suite]:
+def with_surrogates(suite: str, *, surrogates: Sequence[str | Path]) -> str | Callable[[Ball], Suite]:
     """A suite by its name, with surrogates to transfer from.
 
     Args:
         suite: The name.
-        target: What is evaluated; the online weights of a run with averaged ones are a surrogate by themselves.
-        surrogates: Further ones.
+        surrogates: Runs or files of weights.
 
     Returns:
         What `evaluate` takes as its suite.
@@ -234,8 +215,30 @@ def with_surrogates(
         return suite
     for source in surrogates:
         fingerprint(source)  # missing ones are told now, not after the first attacks
-    own = online_of(target)
-    return partial(adaptive, surrogates=(*surrogates, *([] if own is None else [own])))
+    return partial(adaptive, surrogates=tuple(surrogates)) if surrogates else suite
+
+
+def with_twin(suite: Suite, twin: Path | None, ball: Ball) -> Suite:
+    """A suite with an attack made on a run's other weights: the online ones of an average, or the average of those.
+
+    Is the model that attacks were made for the one that is deployed?
+
+    Args:
+        suite: The attacks.
+        twin: The file of the other weights, or None.
+        ball: The threat model.
+
+    Returns:
+        The suite, with the transfer behind its others.
+    """
+    if not suite.twin_steps or twin is None or not twin.is_file():
+        return suite
+    (made,) = transfers(ball, (twin,), steps=suite.twin_steps)
+    word = "online" if twin.name == STATE else "average"
+    title = made.title if word == "online" else f"transfer from {twin.parent.parent.name} (averaged weights)"
+    entry = replace(made, name=f"transfer_{word}", title=title)
+    place = next((k for k, other in enumerate(suite.entries) if other.kind == "sweep"), len(suite.entries))
+    return replace(suite, entries=(*suite.entries[:place], entry, *suite.entries[place:]))
 
 
 def diagnoses(ball: Ball, *, steps: int = 20) -> tuple[Entry, ...]:

@@ -109,6 +109,9 @@ class Suite:
         name: Its name, which also names the record.
         entries: The attacks, in the order in which they are run.
         images: How many images it is run on where the user does not say; None is all of them.
+        twin_steps: For runs whose checkpoints are averaged: the online weights are evaluated too where the user does
+            not say which, and averaged and online weights are attacked through one another with so many steps. 0 does
+            neither.
 
     Raises:
         UserError: Two entries share a name, or fewer images than one.
@@ -123,6 +126,7 @@ class Suite:
     name: str
     entries: tuple[Entry, ...]
     images: int | None = None
+    twin_steps: int = 0
 
     def __post_init__(self) -> None:
         """Check that names are distinct."""

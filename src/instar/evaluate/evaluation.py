@@ -18,6 +18,7 @@ import instar
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
 from instar.errors import UserError
+from instar.evaluate.adaptive import with_twin
 from instar.evaluate.black_box import usual_suite
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE, Conditions
@@ -29,7 +30,7 @@ from instar.evaluate.recording import recorded
 from instar.evaluate.shards import Store, fetch, make_folder
 from instar.evaluate.subject import Subject, examined, one_line
 from instar.evaluate.suites import Suite, build
-from instar.evaluate.targets import Case, Normalization, Wishes, resolve
+from instar.evaluate.targets import CHECKPOINTS, Case, Normalization, Wishes, resolve
 from instar.evaluate.team import Team
 from instar.evaluate.work import TooLargeError, Work
 from instar.threat import Ball
@@ -48,7 +49,7 @@ def evaluate(
     model_arguments: dict[str, Any] | None = None,
     suite: str | Callable[[Ball], Suite] | None = None,
     n: int | None = None,
-    checkpoint: str = "both",
+    checkpoint: str | None = None,
     norm: str | None = None,
     eps: float | str | None = None,
     seed: int = 0,
@@ -83,7 +84,9 @@ def evaluate(
         suite: Name of one of `SUITES`, or a function from a ball to a `Suite`. None is ``"standard"``, and for a model
             without gradients ``"black_box"``.
         n: The first n images only, or n at even distances where images are sorted by class; None takes all.
-        checkpoint: Of a run: ``"best"``, ``"last"``, or ``"both"``.
+        checkpoint: Of a run: ``"best"``, ``"last"``, ``"both"``; ``"online"``, the weights that the optimiser itself
+            trained where best and last hold their average; or ``"all"``. None is ``"both"``, and for the suite
+            ``adaptive`` ``"all"``.
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``; None takes the run's, else the data set's usual one.
         eps: Radius in the unit of inputs in [0, 1], a number or ``"8/255"``; None as for `norm`.
         seed: Seed of random starts and of AutoAttack.
@@ -136,7 +139,7 @@ def evaluate(
         size=size,
         model=model,
         model_arguments=model_arguments,
-        checkpoint=checkpoint,
+        checkpoint="both" if checkpoint is None else checkpoint,
         norm=norm,
         eps=eps,
         normalize=normalize,
@@ -145,6 +148,9 @@ def evaluate(
     )
     report = silent if progress is None else progress
     cases = resolve(target, wishes)
+    if checkpoint is None and isinstance(target, (str, Path)) and Path(target).expanduser().is_dir():
+        wanted = built(suite, cases[0]).twin_steps > 0 and cases[0].name in CHECKPOINTS
+        cases = resolve(target, replace(wishes, checkpoint="all")) if wanted else cases
     if save_examples and any(case.folder is None for case in cases):
         raise UserError("give out with save_examples: the examples of a module have no folder of their own")
     for folder in {case.folder for case in cases if case.folder is not None}:
@@ -159,7 +165,8 @@ def evaluate(
 def built(suite: str | Callable[[Ball], Suite] | None, case: Case) -> Suite:
     """The suite that a case is judged by."""
     named = usual_suite(case.model) if suite is None else suite
-    return build(named, case.ball, shape=case.split.images.info.shape)
+    made = build(named, case.ball, shape=case.split.images.info.shape)
+    return with_twin(made, case.twin, case.ball)
 
 
 def device_named(name: str | torch.device, team: Team | None = None) -> torch.device:

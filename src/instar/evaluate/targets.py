@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instar.attacks.transfer import STATE, online
+from instar.checkpoint import progress_of
 from instar.data import Images, TestSplit, from_dataset, load
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
@@ -30,6 +32,10 @@ from instar.runs import read_run
 from instar.threat import Ball, ball
 
 CHECKPOINTS = ("best", "last")
+ONLINE = "online"
+"""The weights that the optimiser itself trained, where `CHECKPOINTS` hold their average."""
+CHOICES = ("both", *CHECKPOINTS, ONLINE, "all")
+"""What a user may ask for; ``"both"`` is best and last, ``"all"`` adds the online weights of a run with an average."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Case:
         weights: SHA-256 of the weights.
         training: What is known about how it was trained: ``method``, ``data`` and so on.
         folder: Where its records belong, or None.
+        twin: Of a run with an average the file of the other weights: the online ones of an average, the average of the
+            online ones. None for anything else.
     """
 
     name: str
@@ -57,6 +65,7 @@ class Case:
     weights: str
     training: Mapping[str, Any]
     folder: Path | None
+    twin: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Wishes:
 
 
 def resolve(target: Any, wishes: Wishes) -> list[Case]:
-    """The cases that a target stands for: best and last for a run, one for anything else.
+    """The cases that a target stands for: best and last, or those asked for, of a run; one for anything else.
 
     Args:
         target: Path of a run folder, of a folder of the hub, of a weights file, of an ONNX model or of a TorchScript
@@ -90,8 +99,8 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
     Raises:
         UserError: Something is missing, does not exist, or does not fit.
     """
-    if wishes.checkpoint not in ("both", *CHECKPOINTS):
-        raise unknown("checkpoint", wishes.checkpoint, ["both", *CHECKPOINTS])
+    if wishes.checkpoint not in CHOICES:
+        raise unknown("checkpoint", wishes.checkpoint, CHOICES)
     if isinstance(target, nn.Module):
         return [_module(target, wishes)]
     path = Path(target).expanduser()
@@ -109,8 +118,11 @@ def _stored(path: Path, wishes: Wishes) -> list[Case]:
     if not path.exists():
         raise UserError(f"there is no run folder or weights file {path}")
     run = path.parent.parent
-    if path.parent.name == "checkpoints" and path.stem in CHECKPOINTS and (run / "run.json").is_file():
-        return _run(run, replace(wishes, checkpoint=path.stem))
+    if path.parent.name == "checkpoints" and (run / "run.json").is_file():
+        if path.stem in CHECKPOINTS:
+            return _run(run, replace(wishes, checkpoint=path.stem))
+        if path.name == STATE:
+            return _run(run, replace(wishes, checkpoint=ONLINE))
     return [_file(path, wishes)]
 
 
@@ -123,12 +135,13 @@ def _lay_out(model: nn.Module) -> None:
 
 def _run(folder: Path, wishes: Wishes) -> list[Case]:
     run = read_run(folder)
-    wanted = CHECKPOINTS if wishes.checkpoint == "both" else (wishes.checkpoint,)
-    files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in wanted}
-    present = {name: file for name, file in files.items() if file.is_file()}
-    if not present:
+    several = wishes.checkpoint in ("both", "all")
+    files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in CHECKPOINTS}
+    present = {name: file for name, file in files.items() if file.is_file() and (several or name == wishes.checkpoint)}
+    if not present and wishes.checkpoint != ONLINE:
+        asked = " or ".join(files) if several else wishes.checkpoint
         raise UserError(
-            f"{folder} has no checkpoint {' or '.join(files)}. Has the run finished its first epoch? Look in "
+            f"{folder} has no checkpoint {asked}. Has the run finished its first epoch? Look in "
             f"{folder / 'checkpoints'}"
         )
     named = _named(run.get("data"))
@@ -141,15 +154,76 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
         "last": "last epoch",
     }
     out = folder / "evaluations" if wishes.out is None else Path(wishes.out)
+    training = {key: run.get(key) for key in ("recipe", "method", "precision", "versions")} | {"data": _used(run)}
+    training["epochs"] = (run.get("training") or {}).get("epochs")
+    state = online_of(folder)
     cases = []
     for name, file in present.items():
         model = load_weights(file, model=_given(wishes, split))
         card = read_card(file)
         checkpoint: dict[str, Any] = {"which": name, "rule": rules[name], "file": file.name}
         checkpoint |= {key: card.get(key) for key in ("epoch", "weights", "selection")}
-        training = {key: run.get(key) for key in ("recipe", "method", "precision", "versions")} | {"data": _used(run)}
-        cases.append(Case(name, str(folder), model, split, threat, checkpoint, card["sha256"], training, out))
+        cases.append(Case(name, str(folder), model, split, threat, checkpoint, card["sha256"], training, out, state))
+    if wishes.checkpoint == ONLINE or (wishes.checkpoint == "all" and has_online(folder)):
+        model, checkpoint = _online(folder, wishes, split)
+        last = files["last"]
+        cases.append(Case(ONLINE, str(folder), model, split, threat, checkpoint, digest(model), training, out, last))
     return cases
+
+
+def online_of(target: str | Path) -> Path | None:
+    """The file with the online weights of a run whose checkpoints hold an average.
+
+    Args:
+        target: What is evaluated.
+
+    Returns:
+        ``checkpoints/state.safetensors``; None for a run without an average or without that file, and anything else.
+    """
+    state = Path(target).expanduser() / "checkpoints" / STATE
+    last = state.with_name("last.safetensors")
+    if not state.is_file() or not last.is_file():
+        return None
+    return state if read_card(last).get("weights") == "average" else None
+
+
+def has_online(folder: Path) -> bool:
+    """Whether the online weights of a run can be evaluated by themselves; warns where only their file is missing."""
+    if online_of(folder) is not None:
+        return True
+    last = folder / "checkpoints" / "last.safetensors"
+    if last.is_file() and read_card(last).get("weights") == "average":
+        warnings.warn(f"the online weights of {folder} are not evaluated: {_no_state(folder)}", stacklevel=2)
+    return False
+
+
+def _no_state(folder: Path) -> str:
+    return (
+        f"there is no {folder / 'checkpoints' / STATE}, the state that a resume needs, which alone holds them beside "
+        "their average"
+    )
+
+
+def _online(folder: Path, wishes: Wishes, split: Split) -> tuple[nn.Module, dict[str, Any]]:
+    """The online weights of a run, and what is known of them."""
+    last = folder / "checkpoints" / "last.safetensors"
+    if not last.is_file():
+        raise UserError(f"{folder} has no checkpoint last, beside which online weights are told apart")
+    if read_card(last).get("weights") != "average":
+        raise UserError(
+            f"{folder} has no average: its checkpoint last already holds the online weights. Give --checkpoint last"
+        )
+    state = online_of(folder)
+    if state is None:
+        raise UserError(f"{folder} cannot be evaluated by its online weights: {_no_state(folder)}")
+    model = online(state, model=_given(wishes, split))
+    progress = progress_of(state)
+    rule = "online weights, as the optimiser left them at the end; best and last hold their average"
+    if progress.step:
+        rule = f"online weights after {progress.step} steps of epoch {progress.epoch + 1}, which was not finished"
+    checkpoint = {"which": ONLINE, "rule": rule, "file": state.name, "weights": ONLINE}
+    # Epochs are counted from 0, and the state names the one that would come next.
+    return model, checkpoint | {"epoch": progress.epoch - (0 if progress.step else 1), "selection": None}
 
 
 def _named(data: Any) -> dict[str, Any]:

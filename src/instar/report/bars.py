@@ -47,7 +47,7 @@ def evaluation_bars(records: Sequence[Record], *, labels: Sequence[str] | None =
     shown = list(records)
     models = _check(shown, labels)
     full = [
-        f"{model} ({item.checkpoint})" if item.checkpoint in ("best", "last") else model
+        f"{model} ({item.checkpoint})" if item.checkpoint in ("best", "last", "online") else model
         for model, item in zip(models, shown, strict=True)
     ]
     columns = _columns(shown)
@@ -151,7 +151,7 @@ def _looks(models: Sequence[str], records: Sequence[Record]) -> list[dict[str, A
     looks = []
     for model, record in zip(models, records, strict=True):
         colour = RUNS[order.index(model)]
-        pale = record.checkpoint == "last" and models.count(model) > 1
+        pale = record.checkpoint in ("last", "online") and models.count(model) > 1
         looks.append({"edgecolor": colour, "facecolor": lighter(colour, 0.72) if pale else colour})
     return looks
 
