@@ -25,6 +25,9 @@ from instar.threat import Ball, Linf
 MOST_STEPS = 1_000_000
 _FOR_OBJECTIVE = frozenset({"clean", "adv"})
 _FOR_STOP = _FOR_OBJECTIVE | {"kappa", "input_grad", "features", "params"}
+_OF_AN_INSTANCE = _FOR_OBJECTIVE | {"kappa"}
+WORTHWHILE = 0.8
+"""Instances that have stopped leave the batch once at most this share of it goes on."""
 
 
 @value
@@ -50,6 +53,9 @@ class PGD(Attack):
             the result is the last iterate that the rule allowed, the last of all included; where it does not even
             allow the start, the clean image if that is allowed, else the start.
         project: Whether each iterate is brought back into the ball; False leaves only the box, as in N-FGSM.
+        compact: Whether instances that have stopped leave the batch, which saves their passes, where that changes
+            nothing but the rounding of smaller batches: in mode ``"eval"``, with a rule that looks at each instance by
+            itself. False keeps the shape of the batch.
 
     Raises:
         UserError: A negative number of steps, a step size that is not a positive number, an unknown mode, or a signal
@@ -76,6 +82,7 @@ class PGD(Attack):
     stop: Signal | None = None
     overshoot: bool = True
     project: bool = True
+    compact: bool = True
 
     def __post_init__(self) -> None:
         """Check the fields that are numbers already."""
@@ -142,11 +149,17 @@ class PGD(Attack):
         together = stop is not None and (self.mode != "eval" or stop.coupling > 0)
         still: Callable[[Tensor], bool] = batch.part.any if together else lambda mask: bool(mask.any())
         needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
+        compact = stop is not None and self._may_leave(stop)
+        behind = _Behind()
         with forward_mode(model, self.mode), torch.no_grad():
             clean = full(model(x)) if "clean" in needs else None
             look = _Looking(self, model, batch, clean, needs, logit_scale(model))
             moved = before = batch.part.drawn(lambda images: self.start(images, self.ball, generator), x)
             for step in range(steps):
+                if compact and step and int(active.sum()) <= WORTHWHILE * len(active):
+                    look, x, y = look.only(active), x[active], y[active]
+                    moved, kappa, inspected, moves = behind.leave(active, moved, kappa, inspected, moves)
+                    active = torch.ones_like(y, dtype=torch.bool)
                 seen, gradient = look(moved, kappa, inspected)
                 logits = seen.logits("adv")
                 right = logits.argmax(1) == y
@@ -167,6 +180,7 @@ class PGD(Attack):
                 before = moved
                 moved = stepped if stop is None else torch.where(_rows(active), stepped, moved)
                 moves += active
+            moved, kappa, inspected, moves = behind.join(moved, kappa, inspected, moves)
             if stop is not None and not self.overshoot and steps and still(active):
                 seen, _ = look(moved, kappa, inspected)
                 halted = stop(seen) & active
@@ -174,8 +188,19 @@ class PGD(Attack):
                 moves -= halted.to(moves.dtype)
             if (stop is not None or steps == 0) and self.project:
                 # Whatever never moved is still at its start, which may lie outside (Gaussian noise, a given one).
-                moved = torch.where(_rows(moves > 0), moved, self.ball.project(moved, x))
+                moved = torch.where(_rows(moves > 0), moved, self.ball.project(moved, batch.x))
         return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=steps)
+
+    def _may_leave(self, stop: Signal) -> bool:
+        """Whether an instance's fate depends on nothing but itself, so that it may leave the batch when it stops."""
+        signals = [*_within(stop), *_within(self.objective)]
+        return (
+            self.compact
+            and self.overshoot  # a step that is taken back needs the iterates of everybody
+            and self.mode == "eval"
+            and all(signal.needs <= _OF_AN_INSTANCE and not signal.coupling for signal in signals)
+            and not any(isinstance(signal, Referenced) for signal in signals)
+        )
 
     def _allowed_start(self, stop: Signal, look: _Looking, x: Tensor, start: Tensor) -> Tensor:
         """Where an instance goes back to whose start the rule forbids: the clean image if that is allowed."""
@@ -204,6 +229,31 @@ class PGD(Attack):
             watch(seen)
         for signal in due:
             signal.refer(watch.measured[signal], batch.shared)
+
+
+class _Behind:
+    """What instances had reached when they left the batch."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, ...] | None = None
+        self._rows: Tensor | None = None
+
+    def leave(self, stay: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Keep the states of those in the batch, and give those of the instances (mask) that stay in it."""
+        if self._rows is None:
+            self._kept, self._rows = states, stay.nonzero().flatten()
+        else:
+            self.join(*states)
+            self._rows = self._rows[stay]
+        return tuple(state[stay] for state in states)
+
+    def join(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """The states of everybody, in the order of the batch."""
+        if self._kept is None or self._rows is None:
+            return states
+        for kept, state in zip(self._kept, states, strict=True):
+            kept[self._rows] = state
+        return self._kept
 
 
 def _rows(mask: Tensor) -> Tensor:
@@ -249,6 +299,25 @@ class _Looking:
     clean: Tensor | None
     needs: frozenset[str]
     scale: Tensor | float
+
+    def only(self, stay: Tensor) -> _Looking:
+        """The same for some of the instances (mask)."""
+
+        def cut(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[stay]
+
+        batch = self.batch
+        fewer = replace(
+            batch,
+            x=batch.x[stay],
+            y=batch.y[stay],
+            index=cut(batch.index),
+            memory={name: rows[stay] for name, rows in batch.memory.items()},
+            target=cut(batch.target),
+            labelled=cut(batch.labelled),
+            source=cut(batch.source),
+        )
+        return replace(self, batch=fewer, clean=cut(self.clean))
 
     def __call__(self, at: Tensor, kappa: Tensor, inspected: Tensor) -> tuple[Evidence, Tensor]:
         """The evidence, detached, and the gradient (B, C, H, W)."""

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure robustness of a run or of any weights",
     "sweep": "train and evaluate many runs, and write one table",
     "compare": "tell whether runs differ: paired tests, intervals, classes, images won and lost",
+    "bench": "time training steps on this machine, beside the published codes' style",
     "doctor": "look at a model, the machine or a recipe before the work begins",
     "export": "write a trained network as weights, ONNX or a hub folder",
     "analyse": "see why: vulnerability, class pairs, geometry, curvature, overfitting",
