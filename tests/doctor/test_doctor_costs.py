@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from instar.doctor.estimate import Pace, cost
 from instar.evaluate.entries import Entry, Suite
 from instar.evaluate.subject import examined
 from instar.evaluate.suites import quick, standard
+from instar.step import END
 from instar.threat import Linf
 from instar.train import train
 
@@ -127,17 +130,58 @@ def training_steps() -> object:
     return Steps(2, ((0.5, 10),))
 
 
-def test_early_stopping_gives_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def foretold(recipe: str, monkeypatch: pytest.MonkeyPatch, *, inspected: object, epochs: int = 40) -> object:
+    """A forecast of 20 steps an epoch, each of one second at full length."""
     import instar.doctor.training as training
 
-    def step(method: object, *_: object) -> tuple[float, str]:
-        return (1.0, "said") if method.attack.stop is not None else (3.0, "said")  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training, "_step", lambda *_: (1.0, "said"))
     monkeypatch.setattr(training, "_epoch_end", lambda *_, **__: 0.0)
-    found = predict("p_sat", data="digits", model="small_cnn", epochs=4, batch_size=64, device="cpu")
-    assert found.most == pytest.approx(1.5 * found.seconds)
-    assert "at most" in str(found)
+    monkeypatch.setattr(training, "_inspected", inspected)
+    return predict(recipe, data="digits", model="small_cnn", epochs=epochs, batch_size=64, device="cpu")
+
+
+def test_an_attack_that_stops_early_is_foretold_by_the_iterates_that_it_inspects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = foretold("fat", monkeypatch, inspected=lambda *_: 1.0)
+    assert full.seconds == pytest.approx(full.most) == pytest.approx(40 * 20)  # type: ignore[attr-defined]
+    none = foretold("fat", monkeypatch, inspected=lambda *_: 0.0)
+    # 23 units, of which 20 are the attack's: none of them before training, half of them once the network has learnt.
+    learning = 0.15 * 40 * 20
+    learnt = 1 - learning / 800 * (1 - math.exp(-800 / learning))
+    assert none.seconds / none.most == pytest.approx((3 + 10 * learnt) / 23)  # type: ignore[attr-defined]
+    assert "at most" in str(none)
+
+
+def test_the_points_of_a_schedule_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = []
+
+    def inspected(method: object, *_: object) -> float:
+        bounds.append(method.attack.stop.bound)  # type: ignore[attr-defined]
+        return 1.0 if bounds[-1] > 0 else 0.2
+
+    found = foretold("p_sat", monkeypatch, inspected=inspected, epochs=50)
+    assert bounds == sorted(bounds)
+    assert len(bounds) == 8
+    assert bounds[0] == 0
+    assert bounds[-1] == 0.4
+    assert 0.8 < found.seconds / found.most < 0.95  # type: ignore[attr-defined]  # 30 % of the run has a bound of 0
+
+
+def test_iterates_are_counted_by_whole_batches_where_nobody_can_leave() -> None:
+    from instar.config import Settings
+    from instar.data import load
+    from instar.doctor.training import _inspected
+    from instar.methods import RECIPES
+
+    settings = Settings(model="small_cnn", device="cpu", width=4)
+    images, device = load("digits"), torch.device("cpu")
+    free = RECIPES["fat"]()
+    bound = replace(free, attack=replace(free.attack, compact=False))
+    mean, longest = (_inspected(method.at(END), images, settings, device) for method in (free, bound))
+    assert 0 < mean < longest <= 1
+    never = replace(free, attack=replace(free.attack, stop=None))
+    assert _inspected(never.at(END), images, settings, device) == 1.0
 
 
 def test_large_steps_are_extended_from_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:

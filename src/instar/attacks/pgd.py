@@ -149,7 +149,7 @@ class PGD(Attack):
         together = stop is not None and (self.mode != "eval" or stop.coupling > 0)
         still: Callable[[Tensor], bool] = batch.part.any if together else lambda mask: bool(mask.any())
         needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
-        compact = stop is not None and self._may_leave(stop)
+        compact = stop is not None and self.may_leave(stop)
         behind = _Behind()
         with forward_mode(model, self.mode), torch.no_grad():
             clean = full(model(x)) if "clean" in needs else None
@@ -191,8 +191,8 @@ class PGD(Attack):
                 moved = torch.where(_rows(moves > 0), moved, self.ball.project(moved, batch.x))
         return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=steps)
 
-    def _may_leave(self, stop: Signal) -> bool:
-        """Whether an instance's fate depends on nothing but itself, so that it may leave the batch when it stops."""
+    def may_leave(self, stop: Signal) -> bool:
+        """Whether an instance's fate depends on nothing but itself, so that it may leave the batch once `stop` holds."""
         signals = [*_within(stop), *_within(self.objective)]
         return (
             self.compact

@@ -70,7 +70,7 @@ class Training:
     Attributes:
         recipe: Its name.
         steps: Optimiser steps.
-        seconds_a_step: Seconds of one step, at the middle of the run.
+        seconds_a_step: Seconds of one step, in the mean over the run.
         seconds_an_epoch_end: Seconds of what follows each epoch: selection, checkpoints, records.
         seconds: The whole run.
         most: The whole run if no attack stopped early; equal to `seconds` where none does.
