@@ -192,7 +192,7 @@ class PGD(Attack):
         return Adversary(x=moved, kappa=kappa, inspected=inspected, moves=moves, budget=steps)
 
     def may_leave(self, stop: Signal) -> bool:
-        """Whether an instance's fate depends on nothing but itself, so that it may leave the batch once `stop` holds."""
+        """Whether an instance's fate depends on nothing but itself, so that it may leave once `stop` holds."""
         signals = [*_within(stop), *_within(self.objective)]
         return (
             self.compact
