@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -15,16 +17,25 @@ ACTIVATIONS = ("relu", "silu", "softplus", "gelu")
 class Classifier(nn.Module):
     """The abstract base of the networks: ``forward(x) = head(features(x))`` with ``normalize`` applied first.
 
-    Subclasses register their head under its published name (``linear`` or ``fc``), so that published weights load;
-    ``head`` returns it.
+    Args:
+        channels: Channels of the images.
+        mean: Normalisation means in [0, 1]; None is 0.
+        std: Normalisation standard deviations; None is 1.
+
+    Attributes:
+        head_name: The published name that the last layer is registered under, so that published weights load.
     """
 
-    normalize: Normalize
+    head_name: ClassVar[str] = "linear"
+
+    def __init__(self, *, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean=mean, std=std, channels=channels)
 
     @property
-    @abstractmethod
     def head(self) -> nn.Linear:
         """The last layer, (B, D) -> (B, K)."""
+        return self.get_submodule(self.head_name)  # type: ignore[return-value]
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from instar.errors import unknown
 from instar.models.classifier import Classifier, build_activation
 from instar.models.heads import build_head
-from instar.models.normalize import Normalize
 from instar.models.precision import FloatStemConv2d
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -117,12 +116,11 @@ class PreActResNet(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(channels=channels, mean=mean, std=std)
         if depth not in DEPTHS:
             raise unknown("depth of PreActResNet", depth, map(str, DEPTHS))
         if shortcut not in SHORTCUTS:
             raise unknown("shortcut", shortcut, SHORTCUTS)
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
         self.conv1 = FloatStemConv2d(channels, width, 3, padding=1, bias=False)
         before = width
         for stage, count in enumerate(DEPTHS[depth]):
@@ -140,11 +138,6 @@ class PreActResNet(Classifier):
             self.bn = nn.Identity()
             self.activation = nn.Identity()
         self.linear = build_head(head, before, classes, scale=scale, bias=head_bias)
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, (B, 8 * width) -> (B, K); registered as ``linear``."""
-        return self.linear
 
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 8 * width) of images (B, C, H, W) in [0, 1]."""

@@ -10,7 +10,6 @@ from torch.nn import functional
 from instar.errors import unknown
 from instar.models.classifier import Classifier, build_activation
 from instar.models.heads import build_head
-from instar.models.normalize import Normalize
 from instar.models.precision import FloatStemConv2d
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -145,13 +144,12 @@ class ResNet(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(channels=channels, mean=mean, std=std)
         if depth not in DEPTHS:
             raise unknown("depth of ResNet", depth, map(str, DEPTHS))
         stem = stem or ("imagenet" if image_size >= IMAGENET_STEM_FROM else "cifar")
         if stem not in STEMS:
             raise unknown("stem", stem, STEMS)
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
         self.pool: nn.Module
         if stem == "cifar":
             self.conv1 = FloatStemConv2d(channels, width, 3, padding=1, bias=False)
@@ -173,11 +171,6 @@ class ResNet(Classifier):
                 before = inner * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.linear = build_head(head, before, classes, scale=scale, bias=head_bias)
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, (B, 8 * width) -> (B, K); registered as ``linear``."""
-        return self.linear
 
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 8 * width), 4 times as many for ResNet-50, of images (B, C, H, W) in [0, 1]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,7 +12,6 @@ from torch.nn import functional
 from instar.errors import UserError
 from instar.models.classifier import Classifier, build_activation
 from instar.models.heads import build_head
-from instar.models.normalize import Normalize
 from instar.models.precision import FloatStemConv2d
 
 
@@ -61,10 +61,8 @@ class SmallCNN(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
-        if image_size < 4:
-            raise UserError(f"small_cnn needs images of at least 4x4 pixels; got {image_size}x{image_size}")
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
+        super().__init__(channels=channels, mean=mean, std=std)
+        _at_least("small_cnn", 4, image_size)
         self.conv1 = FloatStemConv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
@@ -78,11 +76,6 @@ class SmallCNN(Classifier):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, (B, 16 * width) -> (B, K); registered as ``linear``."""
-        return self.linear
 
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 16 * width) of images (B, C, H, W) in [0, 1]."""
@@ -124,6 +117,8 @@ class MnistCNN(Classifier):
         torch.Size([2, 10])
     """
 
+    head_name: ClassVar[str] = "classifier.fc3"
+
     def __init__(
         self,
         *,
@@ -139,13 +134,9 @@ class MnistCNN(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
-        if image_size < 16:
-            raise UserError(
-                f"mnist_cnn needs images of at least 16x16 pixels; got {image_size}x{image_size}. Take small_cnn."
-            )
+        super().__init__(channels=channels, mean=mean, std=std)
+        _at_least("mnist_cnn", 16, image_size, instead=" Take small_cnn.")
         side = ((image_size - 4) // 2 - 4) // 2
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
         self.feature_extractor = nn.Sequential(
             OrderedDict(
                 conv1=FloatStemConv2d(channels, width, 3),
@@ -179,11 +170,6 @@ class MnistCNN(Classifier):
             nn.init.zeros_(last.weight)
             if last.bias is not None:
                 nn.init.zeros_(last.bias)
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, (B, 200) -> (B, K); registered as ``classifier.fc3``."""
-        return self.classifier["fc3"]  # type: ignore[return-value]
 
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 200), after the second hidden layer, of images (B, C, H, W) in [0, 1]."""
@@ -240,27 +226,25 @@ class SatCNN(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
-        if image_size < 16:
-            raise UserError(
-                f"sat_cnn needs images of at least 16x16 pixels; got {image_size}x{image_size}. Take small_cnn."
-            )
+        super().__init__(channels=channels, mean=mean, std=std)
+        _at_least("sat_cnn", 16, image_size, instead=" Take small_cnn.")
         side = (image_size - 2) // 2 + 1
         side = side // 2 + 1 - 4
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
         self.conv1 = FloatStemConv2d(channels, width, 8, stride=2, padding=3)
         self.conv2 = nn.Conv2d(width, 2 * width, 6, stride=2, padding=3)
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 5)
         self.activation = build_activation(activation)
         self.linear = build_head(head, 2 * width * side * side, classes, scale=scale, bias=head_bias)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, registered as ``linear``."""
-        return self.linear
-
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 2048 for 28x28 images) of images (B, C, H, W) in [0, 1]."""
         out = self.activation(self.conv1(self.normalize(x)))
         out = self.activation(self.conv2(out))
         return self.activation(self.conv3(out)).flatten(1)
+
+
+def _at_least(name: str, least: int, image_size: int, *, instead: str = "") -> None:
+    if image_size < least:
+        raise UserError(
+            f"{name} needs images of at least {least}x{least} pixels; got {image_size}x{image_size}.{instead}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,7 +12,6 @@ from torch.nn import functional
 from instar.errors import UserError, unknown
 from instar.models.classifier import Classifier, build_activation
 from instar.models.heads import build_head
-from instar.models.normalize import Normalize
 from instar.models.precision import FloatStemConv2d
 
 PADDINGS = ("symmetric", "same")
@@ -117,6 +117,8 @@ class WideResNet(Classifier):
         torch.Size([2, 10])
     """
 
+    head_name: ClassVar[str] = "fc"
+
     block1: nn.Module
     block2: nn.Module
     block3: nn.Module
@@ -139,7 +141,7 @@ class WideResNet(Classifier):
         scale: float = 8.0,
         head_bias: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(channels=channels, mean=mean, std=std)
         if depth < 10 or (depth - 4) % 6:
             below = max(10, depth - (depth - 4) % 6)
             raise UserError(
@@ -151,7 +153,6 @@ class WideResNet(Classifier):
             raise unknown("padding", padding, PADDINGS)
         self.padding = padding
         width = width or 16 * factor
-        self.normalize = Normalize(mean=mean, std=std, channels=channels)
         self.conv1 = FloatStemConv2d(channels, 16, 3, padding=1, bias=False)
         before = 16
         for stage in range(3):
@@ -173,11 +174,6 @@ class WideResNet(Classifier):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2 / fan_out))
         if self.fc.bias is not None:
             nn.init.zeros_(self.fc.bias)
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer, (B, 4 * width) -> (B, K); registered as ``fc``."""
-        return self.fc
 
     def features(self, x: Tensor) -> Tensor:
         """The features (B, 4 * width) of images (B, C, H, W) in [0, 1]."""
