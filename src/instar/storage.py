@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from instar.errors import UserError
 
@@ -110,12 +112,16 @@ def read_json(path: str | os.PathLike[str], *, what: str, largest: int = LARGEST
     return found
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+Content = bytes | Callable[[BinaryIO], object]
+"""All of a file, or what writes it, for arrays that need not stand in memory twice."""
+
+
+def write_atomically(path: str | os.PathLike[str], content: Content) -> None:
     """Writes a file that appears whole or not at all: beside its place, flushed to the disk, then renamed.
 
     Args:
         path: Where the file shall be; its folder must exist.
-        content: All of it.
+        content: All of it, or a function that writes it into the open file.
 
     Raises:
         UserError: If the disk is full or read-only.
@@ -140,12 +146,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_beside(path: Path, content: bytes) -> Path:
-    """Writes all of `content` under another name in the folder of `path`, flushed to the disk; returns that name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_beside(path: Path, content: Content) -> Path:
+    """Writes all of `content` under another name in the folder of `path`, flushed to the disk; returns that name.
+
+    The name is drawn: threads share a process's number, and so may processes of two machines on one disk.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
+        with temporary.open("xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:

@@ -8,17 +8,17 @@ of one, and a folder that cannot be written to simply has no cache.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from instar.data.formats import Images, Labels
+from instar.errors import UserError
+from instar.storage import write_atomically
 
 FOLDER = "instar-cache"
 _VERSION = 1
@@ -39,6 +39,7 @@ def cached(
         Images and labels; images from the cache are memory-mapped, copy on write.
 
     Example:
+        >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
         >>> source = Path(folder.name, "source")
         >>> _ = source.write_bytes(b"slow to decode")
@@ -55,7 +56,7 @@ def cached(
     if found is not None:
         return found
     images, labels = decode()
-    with suppress(OSError):  # a read-only or full disk: it only costs the time to decode again
+    with suppress(OSError, UserError):  # a read-only or full disk: it only costs the time to decode again
         _write(store, key, fingerprint, images, labels)
     return images, labels
 
@@ -89,23 +90,7 @@ def _write(store: Path, key: str, fingerprint: list[list[Any]], images: Images, 
     store.mkdir(exist_ok=True)
     manifest = {"version": _VERSION, "sources": fingerprint, "shape": list(images.shape)}
     (store / f"{key}.json").unlink(missing_ok=True)
-    _replace(store / f"{key}-images.npy", images)
-    _replace(store / f"{key}-labels.npy", labels)
+    for name, array in (("images", images), ("labels", labels)):
+        write_atomically(store / f"{key}-{name}.npy", partial(np.save, arr=array, allow_pickle=False))
     # the manifest comes last: without it the arrays count for nothing
-    _replace(store / f"{key}.json", json.dumps(manifest).encode())
-
-
-def _replace(path: Path, content: npt.NDArray[Any] | bytes) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content, allow_pickle=False)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    write_atomically(store / f"{key}.json", json.dumps(manifest).encode())
