@@ -95,17 +95,7 @@ class CutMix:
         _check_alpha("CutMix", self.alpha)
 
     def __call__(self, batch: Batch, classes: int, generator: torch.Generator) -> Batch:
-        """The batch, mixed.
-
-        Args:
-            batch: Images, labels and, if there are any, soft labels.
-            classes: Number of classes K, which hard labels do not tell.
-            generator: Where the numbers come from.
-
-        Returns:
-            The batch with new `x`; `target` (B, K), whose rows sum to 1 (those without a label are 0 everywhere); and
-            `y`, the label with the larger share, its own if they are equal. All else belongs to the instance itself.
-        """
+        """The batch, mixed; arguments and result as of `MixUp`."""
         height, width = batch.x.shape[-2:]
         side = math.sqrt(1 - _share(self.alpha, generator))
         down, right = torch.rand(2, generator=generator, device=generator.device, dtype=torch.float64).tolist()
