@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import protocol_of
 from instar.analyse.draw_agreement import draw, draw_compared
 from instar.analyse.overfitting import forgetting
 from instar.analyse.perform import renamed
@@ -227,14 +228,7 @@ def compare(founds: Sequence[Found]) -> Found:
             f" {wins['a'][widest]} alone withstands {int(wins['only_a'][widest]):,} of {int(wins['n'][widest]):,} test "
             f"images and {wins['b'][widest]} alone {int(wins['only_b'][widest]):,}."
         )
-    protocol: dict[str, Any] = {
-        "label": " · ".join(one.label for one in named),
-        "checkpoint": COMPARED,
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
-    return Found(NAME, TITLE, told.strip(), figures, tables, protocol)
+    return Found(NAME, TITLE, told.strip(), figures, tables, protocol_of(named))
 
 
 def _stability(named: Sequence[Found]) -> Table:

@@ -36,6 +36,11 @@ def images_of(named: Sequence[Found]) -> int:
     return max(int(one.protocol.get("n", 0)) for one in named)
 
 
+def attacks_of(named: Sequence[Found]) -> str:
+    """The attacks that results are about, in words; where all have the same one, that one."""
+    return " / ".join(dict.fromkeys(str(one.protocol.get("attack")) for one in named))
+
+
 def protocol_of(named: Sequence[Found], **more: Any) -> dict[str, Any]:
     """The protocol of a comparison, which holds those of its members; `more` says what it adds."""
     return {

@@ -9,11 +9,11 @@ that it was trained on, and is not now (Toneva et al. 2019).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import members_of, protocol_of, stacked
 from instar.analyse.draw_overfitting import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.target import Target
@@ -311,14 +311,10 @@ def compare(founds: Sequence[Found]) -> Found:
     if len(founds) < 2:
         raise UnavailableError("there is nothing to compare: one run only")
     named = renamed(founds)
-    names = list(dict.fromkeys(name for one in named for name in one.figures))
-    members: Table = {"label": np.array([one.label for one in named])}
-    members |= {name: np.array([one.figures.get(name, np.nan) for one in named]) for name in names}
+    members = members_of(named)
     curves = [one.tables["epochs"] for one in named]
     columns = list(dict.fromkeys(name for curve in curves for name in curve))
-    epochs: Table = {"member": np.concatenate([np.full(len(c["epoch"]), k) for k, c in enumerate(curves)])}
-    for name in columns:
-        epochs[name] = np.concatenate([c.get(name, np.full(len(c["epoch"]), np.nan)) for c in curves])
+    epochs = stacked([{name: c.get(name, np.full(len(c["epoch"]), np.nan)) for name in columns} for c in curves])
     most = int(np.argmax(members["drop"]))
     summary = (
         f"Robust overfitting is largest for {named[most].label}: {100 * members['drop'][most]:.1f} points from its "
@@ -330,15 +326,8 @@ def compare(founds: Sequence[Found]) -> Found:
     alarmed = [one.label for one in named if np.isfinite(one.figures["catastrophic_epoch"])]
     if alarmed:
         summary += f" Catastrophic overfitting: {', '.join(alarmed)}."
-    protocol: dict[str, Any] = {
-        "label": " · ".join(one.label for one in named),
-        "checkpoint": COMPARED,
-        "members": [dict(one.protocol) for one in named],
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
     figures = {"largest_drop": float(members["drop"][most]), "runs": float(len(named))}
-    return Found(NAME, TITLE, summary, figures, {"members": members, "epochs": epochs}, protocol)
+    return Found(NAME, TITLE, summary, figures, {"members": members, "epochs": epochs}, protocol_of(named))
 
 
 ANALYSIS = register(

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instar.analyse.analysis import COMPARED, Analysis, Found, Table, register
-from instar.analyse.compared import members_of
+from instar.analyse.analysis import Analysis, Found, Table, register
+from instar.analyse.compared import attacks_of, images_of, members_of, protocol_of
 from instar.analyse.draw_pairs import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.sources import in_words
@@ -341,16 +341,7 @@ def compare(founds: Sequence[Found]) -> Found:
     hardest = int(np.argmax(largest))
     pair = f"{classes[int(pairs['true'][hardest])]} → {classes[int(pairs['predicted'][hardest])]}"
     told = ", ".join(f"{percent(share)} ({one.label})" for share, one in zip(shares[:, hardest], named, strict=True))
-    protocol: dict[str, Any] = {
-        "label": " · ".join(one.label for one in named),
-        "checkpoint": COMPARED,
-        "n": int(members["n"].max()),
-        "class_names": classes,
-        "members": [dict(one.protocol) for one in named],
-        "attack": " / ".join(dict.fromkeys(str(one.protocol.get("attack")) for one in named)),
-        "seconds": 0.0,
-        "key": " ".join(str(one.protocol.get("key")) for one in named),
-    }
+    protocol = protocol_of(named, n=images_of(named), class_names=classes, attack=attacks_of(named))
     figures = {"hardest_pair": float(hardest), "largest_share": float(largest[hardest])}
     summary = f"Taken for another class under attack, {pair}: {told}."
     return Found(NAME, TITLE, summary, figures, {"members": members, "pairs": pairs}, protocol)
