@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,11 +52,22 @@ def in_words(attack: Attack) -> str:
         >>> from instar.attacks import PGD
         >>> in_words(PGD())
         'PGD-10 on CrossEntropy() in Linf(8/255), step 2/255, start Uniform()'
+        >>> in_words(PGD(steps=20, step_size=8 / 255 / 10)).split(", ")[1]
+        'step 0.8/255'
     """
     if not isinstance(attack, PGD) or attack.stop is not None:
         return repr(attack)
     steps, size = attack.numbers()
-    return f"PGD-{steps} on {attack.objective!r} in {attack.ball!r}, step {number(float(size))}, start {attack.start!r}"
+    moves = f"step {_levels(float(size))}, start {attack.start!r}"
+    return f"PGD-{steps} on {attack.objective!r} in {attack.ball!r}, {moves}"
+
+
+def _levels(size: float) -> str:
+    """A step size as the field writes it, also where a tenth of a pixel level is only nearly one in binary."""
+    tenths = round(2550 * size)
+    if len(repr(size)) > 8 and "/" not in number(size) and math.isclose(2550 * size, tenths, rel_tol=1e-9):
+        return f"{tenths / 10:g}/255"
+    return number(size)
 
 
 def _title(data: Any) -> str | None:
