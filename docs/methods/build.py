@@ -40,7 +40,8 @@ def overview() -> str:
         "One page each, with equation, arguments, source, deviations and published settings; `instar explain NAME` "
         "prints the same.",
         "Cost is that of a training step with the recipe's defaults, in forward passes of the batch (a backward pass "
-        "to the input counts 1, a full one 2). The last column says what a method becomes in a limit.",
+        "to the input counts 1, a full one 2, one through a gradient 4). The last column says what a method becomes in "
+        "a limit.",
         table(["method", "paper", "idea", "cost", "limit"], rows),
     )
 
@@ -93,10 +94,8 @@ def value_of(recipe: Recipe) -> str:
         method = recipe()
     except UserError as lacking:
         return f"They depend on its arguments: {lacking}."
-    counted = passes(method)
     return join(
-        f"{counted.forward} forward, {counted.backward_input} backward to the input, {counted.backward_full} full "
-        f"backward: {counted.units} units.",
+        f"{passes(method).line}.",
         f"```text\n{method!r}\n```",
     ).rstrip()
 

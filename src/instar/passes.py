@@ -36,6 +36,22 @@ class Passes:
         """Cost in forward passes, where an input-only backward counts 1, a full one 2, and a double one 4."""
         return self.forward + self.backward_input + 2 * self.backward_full + 4 * self.double_backward
 
+    @property
+    def line(self) -> str:
+        """All of it in words, with what a pass counts where that is more than one.
+
+        Example:
+            >>> Passes(forward=4, backward_input=3, backward_full=1, double_backward=1).line
+            '4 forward, 3 backward to the input, 1 full backward (× 2), 1 double backward (× 4): 13 forward units'
+        """
+        kinds = [
+            f"{self.forward} forward",
+            f"{self.backward_input} backward to the input",
+            f"{self.backward_full} full backward (× 2)",
+            f"{self.double_backward} double backward (× 4)" if self.double_backward else "",
+        ]
+        return f"{', '.join(filter(None, kinds))}: {self.units} forward units"
+
 
 class _Counter(nn.Module):
     """A network of one layer that counts how often it is passed."""

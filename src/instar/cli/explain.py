@@ -55,13 +55,10 @@ def explanation(name: str) -> str:
         method = recipe()
     except UserError as lacking:
         return "\n\n".join([*head, f"Cost and value depend on its arguments: {lacking}"])
-    counted = passes(method)
     return "\n\n".join(
         [
             *head,
-            "Cost of a step, in passes of the batch:\n"
-            f"    {counted.forward} forward, {counted.backward_input} backward to the input, "
-            f"{counted.backward_full} full backward; {counted.units} forward units (full backward = 2)",
+            f"Cost of a step, in passes of the batch:\n    {passes(method).line}",
             f"The same as a value (--set changes any part of it):\n    {method!r}",
         ]
     )
