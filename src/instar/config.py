@@ -116,7 +116,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
         for entry in dataclasses.fields(self):
-            if not _fits(getattr(self, entry.name), _annotations()[entry.name]):
+            if not fits(getattr(self, entry.name), _annotations()[entry.name]):
                 wanted = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", "")
                 raise UserError(f"{entry.name} must be {wanted}; got {getattr(self, entry.name)!r}")
         for name in ("epochs", "batch_size", "accumulate"):
@@ -164,7 +164,7 @@ def _annotations() -> dict[str, Any]:
     return inspect.get_annotations(Settings, eval_str=True)
 
 
-def _fits(given: Any, annotation: Any) -> bool:
+def fits(given: Any, annotation: Any) -> bool:
     """Whether a value has the type of a field: a YAML file and a caller from Python may bring any."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return any(_is(given, option) for option in options)
@@ -186,7 +186,7 @@ def _is(given: Any, kind: Any) -> bool:
         if not isinstance(given, tuple) or not (same or len(given) == len(inner)):
             return False
         return all(_is(part, inner[0] if same else inner[place]) for place, part in enumerate(given))
-    return isinstance(given, type(None) if kind is None else kind)
+    return isinstance(given, type(None) if kind is None else origin or kind)
 
 
 def learning_rate(settings: Settings, *, update: int, updates: int) -> float:

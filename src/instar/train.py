@@ -335,6 +335,7 @@ def _train_together(
         raise UserError(
             f"not all processes find the same {saved}: --out must lie on a file system that all machines share"
         )
+    note(_setting(described))
     with contextlib.ExitStack() as layers:
         for part in (state.model, state.average):
             if part is not None:
@@ -486,6 +487,15 @@ def _describe(
         },
         "git": _git_state(),
     }
+
+
+def _setting(described: Mapping[str, Any]) -> str:
+    """What is about to be trained, on what, in a line."""
+    data, model = described["data"], described["model"]
+    return (
+        f"{data['train_images']:,} training images, {described['selection']['n']:,} held out; {model['name']} with "
+        f"{model['parameters']:,} parameters; {described['precision']} on {described['hardware']['device']}"
+    )
 
 
 def _device_name(device: torch.device) -> str:

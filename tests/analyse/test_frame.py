@@ -251,6 +251,15 @@ def test_the_command_prints_summaries_and_where_results_lie(
         (["pgd_at", "--set", "pairs"], "--set takes analysis.setting=value"),
         (["pgd_at", "--set", "pears.x=1"], "unknown analysis 'pears'"),
         (["pgd_at", "--onyl", "pairs"], "unknown flag 'onyl'"),
+        (["pgd_at", "--eps", "8"], "Did you mean 8/255?"),
+        (["pgd_at", "--norm", "L7", "--eps", "0.1"], "unknown norm 'L7'"),
+        (["pgd_at", "--checkpoint", "besst"], "unknown checkpoint 'besst'"),
+        (["pgd_at", "--data", "digist"], "unknown data set 'digist'"),
+        (["pgd_at", "--device", "tpu"], "device 'tpu' cannot be used here"),
+        (["pgd_at", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
+        (["pgd_at", "--only", ""], "no analysis is named"),
+        (["pgd_at", "--set", "pairs.attack=3"], "attack of pairs must be Attack | None; got 3"),
+        (["pgd_at", "--set", "geometry.classes=(1, 2, 3)"], "classes of geometry must be tuple[int, int] | None"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(
@@ -280,6 +289,18 @@ def test_a_failed_analysis_is_told_by_the_exit_status(
     printed = capsys.readouterr().out
     assert "agreement (PGD-AT) failed: cannot read the instance table" in printed
     assert "1 failed" in printed
+
+
+def test_what_is_missing_without_being_asked_for_leaves_the_other_analyses(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (trained / "checkpoints").glob("*.safetensors"):
+        file.unlink()
+    assert main(["analyse", str(trained), "--only", "pairs,overfitting", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "pairs" in printed
+    assert "has no checkpoint best or last" in printed
+    assert "1 results in" in printed
 
 
 def test_a_run_whose_best_epoch_is_its_last_is_not_compared_with_itself(trained: Path) -> None:

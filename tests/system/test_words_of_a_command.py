@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from instar.cli import main
-from instar.cli.arguments import parse, parser
+from instar.cli.arguments import divided, parse, parser, pointed
 from instar.errors import UserError
 
 
@@ -14,6 +14,9 @@ def made():
     found = parser("try", "First paragraph.\n\nlist:\n  one  thing\n  two  things")
     found.add_argument("--eps", type=str)
     found.add_argument("--batch_size", type=int)
+    found.add_argument("--dry_run", action="store_true")
+    found.add_argument("--config", action="config")
+    found.add_argument("--target", type=str)
     return found
 
 
@@ -40,3 +43,69 @@ def test_about_is_refused_where_no_entry_is_written(capsys):
 def test_doctor_refuses_counts_below_one(flag, capsys):
     assert main(["doctor", "nowhere", flag, "0"]) == 2
     assert "must be at least 1; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"])
+def test_dashes_and_underscores_are_one(flag, tmp_path):
+    assert parse(made(), [flag, "4"]).batch_size == 4
+    file = tmp_path / "words.yaml"
+    file.write_text(f"{flag[2:]}: 4\n")
+    assert parse(made(), ["--config", str(file)]).batch_size == 4
+    assert divided(made(), ["a", flag, "4", "b"]) == (["a", "b"], [flag, "4"])
+    assert divided(made(), [flag.replace("batch", "dry").replace("size", "run"), "b"])[0] == ["b"]
+
+
+def test_a_name_that_stands_in_a_file_in_both_ways_is_refused(tmp_path):
+    file = tmp_path / "words.yaml"
+    file.write_text("batch-size: 4\nbatch_size: 5\n")
+    with pytest.raises(UserError, match="batch_size twice"):
+        parse(made(), ["--config", str(file)])
+
+
+def test_help_and_complaints_write_dashes():
+    assert "--batch-size" in made().format_help()
+    assert "--batch_size" not in made().format_help()
+    with pytest.raises(UserError, match=r"unknown flag 'batch-sice'. Did you mean 'batch-size'"):
+        parse(made(), ["--batch_sice", "4"])
+    with pytest.raises(UserError, match=r"^--batch-size: expected int"):
+        parse(made(), ["--batch_size", "many"])
+
+
+def test_a_target_may_stand_behind_the_flags():
+    assert pointed(made(), ["--batch-size", "4", "run"]) == ["--target", "run", "--batch-size", "4"]
+    with pytest.raises(UserError, match="try takes one target; got a and b"):
+        pointed(made(), ["a", "--eps", "1", "b"])
+    with pytest.raises(UserError, match="try takes one target; got a and --target"):
+        pointed(made(), ["a", "--target=b"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "pgd_at", "--batch-size", "100000"],
+        ["train", "pgd_at", "--eps", "8"],
+        ["train", "pgd_at", "--device", "tpu"],
+        ["train", "pgd_at", "--selection", "100000"],
+    ],
+)
+def test_refused_settings_have_no_heading(words, tmp_path, capsys):
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+
+
+def test_report_refuses_a_negative_number_of_examples_before_it_looks_at_runs(capsys):
+    assert main(["report", "nowhere", "--examples", "-1"]) == 2
+    assert "--examples must be a number of test images" in capsys.readouterr().err
+
+
+def test_explain_names_the_backward_pass_through_a_gradient(capsys):
+    assert main(["explain", "grad_align"]) == 0
+    assert "1 full backward (× 2), 1 double backward (× 4): 13 forward units" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["get"], ["check"], ["get", "digits", "mnist"]])
+def test_data_wants_one_name(words, capsys):
+    assert main(["data", *words]) == 2
+    assert capsys.readouterr().err.startswith(("instar: which data set?", "instar: instar data get takes one name"))

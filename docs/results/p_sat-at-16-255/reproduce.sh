@@ -8,7 +8,7 @@ for recipe in pgd_at p_sat; do
     instar train --resume --out "$out/$recipe"
   else
     instar train "$recipe" --data imagenette --size 64 --model resnet18 --stem imagenet --width 32 \
-      --eps 16/255 --step_size 4/255 --steps 10 --epochs 8 --seed 0 --precision bf16 --out "$out/$recipe"
+      --eps 16/255 --step-size 4/255 --steps 10 --epochs 8 --seed 0 --precision bf16 --out "$out/$recipe"
   fi
   instar evaluate "$out/$recipe" --suite development --n 300 --checkpoint last
 done

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from torch import nn
 
 from instar.analyse.analysis import ANALYSES, FOLDER, Analysis, Found
 from instar.analyse.target import SPLITS, Target, Tick, open_files, open_targets
+from instar.config import fits
 from instar.errors import UserError, unknown
+from instar.evaluate.evaluation import device_named
 from instar.evaluate.subject import one_line
 from instar.evaluate.targets import Normalization
 from instar.report.stored import UnavailableError
@@ -114,10 +118,13 @@ def analyse(
     if stray := set(settings or {}) - set(wanted):
         raise unknown("analysis in settings", sorted(stray)[0], wanted)
     for name, named in (settings or {}).items():
-        known = list(inspect.signature(wanted[name].measure).parameters)[1:]
-        for setting in named:
+        known = dict(list(inspect.signature(wanted[name].measure, eval_str=True).parameters.items())[1:])
+        for setting, item in named.items():
             if setting not in known:
                 raise unknown(f"setting of {name}", setting, known)
+            if not fits(item, wish := known[setting].annotation):
+                kind = str(wish if "|" in str(wish) else getattr(wish, "__name__", wish))
+                raise UserError(f"{setting} of {name} must be {re.sub(r'[a-z_.]+[.]', '', kind)}; got {item!r}")
     opening = {
         "checkpoint": checkpoint,
         "data": data,
@@ -133,6 +140,10 @@ def analyse(
     }
     session = _Session(wanted, split, seed, opening, settings or {}, tick, heard or (lambda one: None))
     folders = _folders(given, out)
+    device_named(device)
+    for name, count in (("n", n), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be at least 1; got {count}")
     for source in given:  # before hours of work, not after
         session.check(source)
     for source, folder in zip(given, folders, strict=True):
@@ -143,6 +154,8 @@ def analyse(
 
 
 def _wanted(only: Sequence[str] | None) -> dict[str, Analysis]:
+    if only is not None and not only:
+        raise UserError(f"no analysis is named; there are {', '.join(ANALYSES)}")
     for name in only or ():
         if name not in ANALYSES:
             raise unknown("analysis", name, ANALYSES)
@@ -171,6 +184,10 @@ def _between(given: Sequence[Source], out: str | Path | None) -> Path | None:
     return Path(first).expanduser().resolve().parent / "comparison" / FOLDER
 
 
+_ASKED = ("checkpoint", "data", "root", "model", "model_arguments", "normalize", "norm", "eps")
+"""What decides whether a source can be opened at all."""
+
+
 @dataclass(frozen=True)
 class _Session:
     """One call of `analyse`, with what it has found so far."""
@@ -185,14 +202,19 @@ class _Session:
     done: list[Found | Missing] = field(default_factory=list)
 
     def check(self, source: Source) -> None:
-        """Refuse a path that is nothing to analyse."""
-        if isinstance(source, nn.Module):
-            return
-        path = Path(source).expanduser()
-        if path.is_dir():
-            open_files(path)
-        elif not path.exists():
-            raise UserError(f"there is no run folder or weights file {path}")
+        """Refuse a path that is nothing to analyse, and what was asked for where it does not fit the source."""
+        if not isinstance(source, nn.Module):
+            path = Path(source).expanduser()
+            if path.is_dir():
+                open_files(path)
+            elif not path.exists():
+                raise UserError(f"there is no run folder or weights file {path}")
+        usual = inspect.signature(open_targets).parameters
+        asked = any(self.opening[name] != usual[name].default for name in _ASKED)
+        split = next((self._splits(one)[0] for one in self.wanted.values() if one.needs == "model"), None)
+        if asked and split is not None:  # what is missing without having been asked for is told with the results
+            with contextlib.suppress(UnavailableError):
+                self._open(split, source, None)
 
     def one(self, source: Source, folder: Path | None) -> None:
         """All analyses of one source, then comparisons among its own checkpoints and splits."""
@@ -219,19 +241,21 @@ class _Session:
         self, analysis: Analysis, source: Source, folder: Path | None, opened: dict[str, list[Target] | UserError]
     ) -> Iterator[Target]:
         """What an analysis looks at, opened once for all analyses; a reason is told where it cannot be opened."""
-        splits = {None: analysis.splits, "both": SPLITS}.get(self.split, (self.split,))
-        for name in ("files",) if analysis.needs == "records" else splits:
+        for name in ("files",) if analysis.needs == "records" else self._splits(analysis):
             if name not in opened:
                 try:
-                    opened[str(name)] = self._open(str(name), source, folder)
+                    opened[name] = self._open(name, source, folder)
                 except UserError as error:
-                    opened[str(name)] = error
-            found = opened[str(name)]
+                    opened[name] = error
+            found = opened[name]
             if isinstance(found, UserError):
                 label = type(source).__name__ if isinstance(source, nn.Module) else str(source)
                 self._tell(Missing(analysis.name, label, str(found), not isinstance(found, UnavailableError)))
             else:
                 yield from found
+
+    def _splits(self, analysis: Analysis) -> tuple[str, ...]:
+        return {None: analysis.splits, "both": SPLITS}.get(self.split) or (str(self.split),)
 
     def _open(self, name: str, source: Source, folder: Path | None) -> list[Target]:
         if name != "files":

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from instar.analyse import ANALYSES, Found, Missing, analyse
 from instar.analyse.target import Tick
-from instar.cli.arguments import expression, parse, parser
+from instar.cli.arguments import divided, expression, parse, parser
 from instar.errors import UserError, unknown
 from instar.evaluate.progress import spoken
 
@@ -24,10 +24,6 @@ interrupted goes on where it stopped when the command is given again. instar rep
 
 analyses:
 """
-_VALUED = (
-    "only", "n", "split", "checkpoint", "data", "root", "model", "width", "normalize", "norm", "eps", "seed",
-    "batch_size", "device", "out", "set",
-)  # fmt: skip
 _EVERY = 60.0
 
 
@@ -40,7 +36,6 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or a path that is nothing to analyse.
     """
-    sources, flags = _divided(words)
     listed = "\n".join(f"  {one.name:<14} {one.title}. Cost: {one.cost}" for one in ANALYSES.values())
     made = parser("analyse", DESCRIPTION + listed)
     made.usage = "instar analyse RUN [RUN ...] [flags]"
@@ -61,6 +56,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--out", type=str, default=None, help="folder of the results; default: RUN/analyses")
     how = "of one analysis, as vulnerability.attack='PGD(Linf(8/255), steps=50)'; may be given several times"
     made.add_argument("--set", type=str, action="append", default=None, help=how)
+    sources, flags = divided(made, words)
     given = parse(made, flags)
     if not sources:
         raise UserError("analyse what? instar analyse RUN [RUN ...], with folders that instar train --out has written")
@@ -118,20 +114,6 @@ def _settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise unknown("analysis", name, ANALYSES)
         found.setdefault(name, {})[setting] = expression(value)
     return found
-
-
-def _divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths, which stand in any place, and flags with their values."""
-    sources: list[str] = []
-    flags: list[str] = []
-    waiting = False
-    for word in words:
-        if waiting or word.startswith("-"):
-            waiting = not waiting and word.lstrip("-").replace("-", "_") in _VALUED
-            flags.append(word)
-        else:
-            sources.append(word)
-    return sources, flags
 
 
 def _nearest(path: Path) -> Path:

@@ -6,20 +6,41 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
 from instar.config import read_value
 from instar.errors import UserError, unknown
 
 
 class _Help(DefaultHelpFormatter):
-    """Help whose description keeps its paragraphs, and the lines of lists and examples."""
+    """Help whose description keeps its paragraphs and the lines of lists, and whose flags are written with dashes."""
+
+    def format_help(self) -> str:
+        """The whole text."""
+        return re.sub(r"--[a-z]\w*", lambda flag: flag.group().replace("_", "-"), super().format_help())
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = text.strip().split("\n\n")
         return "\n\n".join(
             part if "\n  " in part else str(super(_Help, self)._fill_text(part, width, indent)) for part in parts
         )
+
+
+def _configuration(text: str) -> Any:
+    """YAML, in whose names dashes stand for underscores."""
+    content = get_loader("yaml")(text)
+    if not isinstance(content, dict):
+        return content
+    names = [name.replace("-", "_") if isinstance(name, str) else name for name in content]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the configuration has {name} twice, with a dash and with an underscore")
+    return dict(zip(names, content.values(), strict=True))
+
+
+_YAML = "yaml with dashes"
+set_loader(_YAML, _configuration, exceptions=(yaml.YAMLError,))
 
 
 def parser(command: str, description: str) -> ArgumentParser:
@@ -30,6 +51,7 @@ def parser(command: str, description: str) -> ArgumentParser:
         formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode=_YAML,
         print_config=None,  # commands that have --print-config print what was resolved, not what was typed
     )
 
@@ -62,6 +84,54 @@ def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
         raise _one_line(str(error), made) from None
 
 
+def divided(made: ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands among the flags without being the value of one: paths, which may stand in any place.
+
+    Args:
+        made: The parser, which knows the flags that take a value.
+        words: The words of a command line.
+
+    Returns:
+        These words, and the flags with their values.
+
+    Example:
+        >>> made = parser("try", "A command with one flag that takes a value.")
+        >>> _ = made.add_argument("--batch_size", type=int), made.add_argument("--common", action="store_true")
+        >>> divided(made, ["runs/a", "--batch-size", "4", "--common", "runs/b"])
+        (['runs/a', 'runs/b'], ['--batch-size', '4', '--common'])
+    """
+    valued = {flag for action in made._actions if action.nargs != 0 for flag in action.option_strings}
+    loose: list[str] = []
+    flags: list[str] = []
+    waiting = False
+    for word in words:
+        if waiting or word.startswith("-"):
+            waiting = not waiting and word.replace("-", "_").replace("__", "--", 1) in valued
+            flags.append(word)
+        else:
+            loose.append(word)
+    return loose, flags
+
+
+def pointed(made: ArgumentParser, words: Sequence[str], flag: str = "--target") -> list[str]:
+    """The words with a flag before the one that stands alone, in whatever place.
+
+    Raises:
+        UserError: Several words stand alone, or the flag is given besides.
+
+    Example:
+        >>> made = parser("try", "A command with a target.")
+        >>> _ = made.add_argument("--target", type=str), made.add_argument("--n", type=int)
+        >>> pointed(made, ["--n", "4", "runs/a"])
+        ['--target', 'runs/a', '--n', '4']
+    """
+    loose, flags = divided(made, words)
+    given = [*loose, *(flag for word in flags if word.partition("=")[0] == flag)]
+    if len(given) > 1:
+        raise UserError(f"{made.prog} takes one {flag[2:]}; got {' and '.join(given)}")
+    return [*([flag, loose[0]] if loose else []), *flags]
+
+
 def _joined(words: Sequence[str]) -> list[str]:
     """The words, with negative values tied to their flags: ``--eps -8/255`` would read as two flags."""
     found: list[str] = []
@@ -75,14 +145,15 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 def _one_line(message: str, made: ArgumentParser) -> UserError:
     found_flags = (flag[2:] for action in made._actions for flag in action.option_strings if flag.startswith("--"))
-    flags = [flag for flag in found_flags if flag not in ("print_shtab", "recipe", "target", "name")]
+    unsaid = ("print_shtab", "recipe", "target", "name")
+    flags = [flag.replace("_", "-") for flag in found_flags if flag not in unsaid]
     if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
         return UserError(f"what is {found.group(1)!r} for? No flag stands before it")
     for pattern in (r"unrecognized arguments: (?:--)?([\w.-]+)", r"Option '([^']+)' is not accepted"):
         if found := re.search(pattern, message):
-            return unknown("flag", found.group(1), flags)
+            return unknown("flag", found.group(1).replace("_", "-"), flags)
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         reason = " ".join(found.group(2).split())
         reason = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", lambda m: f"expected {m.group(1) or ''}", reason)
-        return UserError(f"--{found.group(1)}: {reason}")
+        return UserError(f"--{found.group(1).replace('_', '-')}: {reason}")
     return UserError(" ".join(message.split()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from instar.cli.arguments import parse, parser
+from instar.cli.arguments import divided, parse, parser
 from instar.compare import Comparison, compare
 from instar.compare.render import render
 from instar.errors import UserError, unknown
@@ -21,7 +21,6 @@ are compared with the first. Runs that differ in nothing but the seed become one
 Evaluations under different threat models or on different images are refused, unless --common asks for what they
 share."""
 FORMATS = {"text": ".txt", "md": ".md", "tex": ".tex", "json": ".json"}
-VALUED = ("--column", "--format", "--out", "--suite", "--checkpoint", "--against")
 
 
 def run(words: Sequence[str]) -> int:
@@ -30,7 +29,6 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or evaluations that cannot be compared.
     """
-    targets, flags = _split(words)
     made = parser("compare", DESCRIPTION)
     made.usage = "instar compare A B [C ...] [--column NAME] [--format text|md|tex|json] [--out FILE] [--common]"
     column = "what differences and classes are about, for example autoattack (default: the worst case)"
@@ -41,6 +39,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--checkpoint", type=str, default=None, help="best or last (default: best if all have it)")
     made.add_argument("--format", type=str, default=None, help="text, md, tex or json (default: from --out's ending)")
     made.add_argument("--out", type=str, default=None, help="file to write instead of printing")
+    targets, flags = divided(made, words)
     given = parse(made, flags)
     form = _format(given.format, given.out)
     found = compare(
@@ -76,17 +75,3 @@ def _format(wish: str | None, out: str | None) -> str:
 
 def _text(found: Comparison, form: str) -> str:
     return {"text": found.to_text, "md": found.to_markdown, "tex": found.to_latex, "json": found.to_json}[form]()
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is compared, which stands in any place, and flags with their values."""
-    targets: list[str] = []
-    flags: list[str] = []
-    waiting = False
-    for word in words:
-        if waiting or word.startswith("-"):
-            waiting = word in VALUED and not waiting
-            flags.append(word)
-        else:
-            targets.append(word)
-    return targets, flags

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from instar.cli.arguments import parse, parser
+from jsonargparse import ArgumentParser, Namespace
+
+from instar.cli.arguments import parse, parser, pointed
 from instar.data import default_root, info, load, names
 from instar.data.check import check, contact_sheet
 from instar.data.get import get
@@ -50,30 +52,31 @@ def _list(words: list[str]) -> int:
     return 0
 
 
-def _named(action: str, words: list[str]) -> list[str]:
-    if not words or words[0].startswith("-"):
+def _parsed(action: str, made: ArgumentParser, words: list[str]) -> Namespace:
+    given = parse(made, pointed(made, words, "--name"))
+    if not given.name:
         raise UserError(f"which data set? instar data {action} NAME, with one of {', '.join(names())}")
-    return ["--name", *words]
+    return given
 
 
 def _get(words: list[str]) -> int:
     made = parser("data get", "Download a data set, checked and complete.")
-    made.add_argument("--name", type=str)
-    made.add_argument("--root", type=str, default=None)
-    made.add_argument("--via", type=str, default="auto")
-    made.add_argument("--size", type=int, default=None)
-    given = parse(made, _named("get", words))
+    made.add_argument("--name", type=str, default=None, help="the data set, if no word stands for it")
+    made.add_argument("--root", type=str, default=None, help="folder to put it into (default: INSTAR_DATA, or a cache)")
+    made.add_argument("--via", type=str, default="auto", help="npm, torchvision, or auto: what is there")
+    made.add_argument("--size", type=int, default=None, help="height and width of decoded pictures")
+    given = _parsed("get", made, words)
     print(f"{given.name} lies in {get(given.name, given.root, via=given.via, size=given.size)}")
     return 0
 
 
 def _check(words: list[str]) -> int:
     made = parser("data check", "Count, compare checksums and statistics, and draw a contact sheet.")
-    made.add_argument("--name", type=str)
-    made.add_argument("--root", type=str, default=None)
-    made.add_argument("--size", type=int, default=None)
-    made.add_argument("--sheet", type=str, default=None)
-    given = parse(made, _named("check", words))
+    made.add_argument("--name", type=str, default=None, help="data set or image folder, if no word stands for it")
+    made.add_argument("--root", type=str, default=None, help="folder that data sets lie in")
+    made.add_argument("--size", type=int, default=None, help="height and width of decoded pictures")
+    made.add_argument("--sheet", type=str, default=None, help="file of the contact sheet (default: NAME.png)")
+    given = _parsed("check", made, words)
     report = check(given.name, given.root, size=given.size)
     print(f"{report.info.title} ({report.form}) in {report.place}")
     for part in report.splits:

@@ -24,10 +24,11 @@ class Display:
         console: Where to write.
         epochs: Epochs in the run.
         bar: The live bar, or None to write plain lines.
+        heading: First line, written with the first thing that there is to show: settings that are refused get none.
     """
 
-    def __init__(self, console: Console, *, epochs: int, bar: Progress | None) -> None:
-        self._console, self._epochs, self._bar = console, epochs, bar
+    def __init__(self, console: Console, *, epochs: int, bar: Progress | None, heading: str = "") -> None:
+        self._console, self._epochs, self._bar, self._heading = console, epochs, bar, heading
         self._task = bar.add_task("", total=None, status="") if bar is not None else None
         self._pending: list[StepDone] = []
         self._loss = self._robust = float("nan")
@@ -37,7 +38,9 @@ class Display:
 
     def line(self, text: str) -> None:
         """Write one line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        for part in filter(None, (self._heading, text)):
+            self._console.print(part, highlight=False, markup=False, soft_wrap=True)
+        self._heading = ""
 
     def __call__(self, event: Event) -> None:
         """Take one event of training."""
@@ -100,12 +103,12 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def display(*, epochs: int, stream: TextIO) -> Iterator[Display]:
+def display(*, epochs: int, stream: TextIO, heading: str = "") -> Iterator[Display]:
     """A display for one run on `stream`, live if that is a terminal."""
     console = Console(file=stream)
     if not console.is_terminal:
-        yield Display(console, epochs=epochs, bar=None)
+        yield Display(console, epochs=epochs, bar=None, heading=heading)
         return
     bar = Progress(BarColumn(bar_width=None), TextColumn("{task.fields[status]}"), console=console, transient=True)
     with bar:
-        yield Display(console, epochs=epochs, bar=bar)
+        yield Display(console, epochs=epochs, bar=bar, heading=heading)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from instar.cli.arguments import expression, parse, parser
+from instar.cli.arguments import expression, parse, parser, pointed
 from instar.config import Settings, find_recipe, read_value
 from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
@@ -31,8 +31,6 @@ def run(words: Sequence[str]) -> int:
         UserError: A mistake in the arguments, or a target that does not exist.
     """
     words = list(words)
-    if words and not words[0].startswith("-"):
-        words[:1] = ["--target", words[0]]
     if any(word == "--recipe" or word.startswith("--recipe=") for word in words):
         report, as_json = _recipe(words)
     else:
@@ -63,7 +61,7 @@ def _target(words: list[str]) -> tuple[Report, bool]:
     made.add_argument("--device", type=str, default="auto", help="cpu, cuda or auto")
     made.add_argument("--trust", action="store_true", help="run a TorchScript program, which can run code")
     made.add_argument("--json", action="store_true", help="print figures for a machine")
-    given = parse(made, words)
+    given = parse(made, pointed(made, words))
     if given.target is None:
         return examine_machine(given.device), given.json
     if given.suite is not None and given.suite not in SUITES:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from instar.cli import processes
-from instar.cli.arguments import expression, parse, parser
+from instar.cli.arguments import expression, parse, parser, pointed
 from instar.errors import UserError
 from instar.evaluate import SUITES, Pace, Record, Team, attacks_of, evaluate, robustbench, table
 from instar.evaluate import Progress as ProgressCallback
@@ -36,13 +36,9 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or a model or data set that cannot be evaluated.
     """
-    typed = list(words)
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words[:1] = ["--target", words[0]]
     made = parser("evaluate", DESCRIPTION)
     made.add_argument("--config", action="config", help="YAML file with any of these settings")
-    made.add_argument("--target", type=str, help="run or weights, if it is not the first word")
+    made.add_argument("--target", type=str, help="run or weights, if no word stands for it")
     names = f"one of {', '.join(SUITES)}; default: standard (black_box without gradients), or none with --attack"
     made.add_argument("--suite", type=str, default=None, help=names)
     more = "an attack as an expression, such as \"AutoAttack(Linf(8/255), version='plus')\"; may be given again"
@@ -79,7 +75,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--trust", action="store_true", help="run a TorchScript program, which can run any code")
     strict = f"end with status {EXIT_STATUS} if a number is overestimated"
     made.add_argument("--strict", action="store_true", help=strict)
-    given = parse(made, words)
+    given = parse(made, pointed(made, words))
     if not given.target:
         raise UserError("evaluate what? instar evaluate RUN_OR_WEIGHTS ...")
     processes.check(given.processes)
@@ -88,7 +84,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError("--about is for --suite robustbench, which alone writes an entry")
     team = Team.from_environment()
     if given.processes > 1 and team.alone:
-        return processes.start(["evaluate", *typed], processes=given.processes)
+        return processes.start(["evaluate", *words], processes=given.processes)
     try:
         records = _records(given, team)
     except UserError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from instar.cli.arguments import parse, parser
+from instar.cli.arguments import parse, parser, pointed
 from instar.errors import UserError, unknown
 from instar.models.export import FORMATS, export
 
@@ -21,16 +21,13 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or a network that cannot be exported.
     """
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words[:1] = ["--target", words[0]]
     made = parser("export", DESCRIPTION)
-    made.add_argument("--target", type=str, default=None, help="run or weights, if it is not the first word")
+    made.add_argument("--target", type=str, default=None, help="run or weights, if no word stands for it")
     made.add_argument("--format", type=str, default="safetensors", help=f"one of {', '.join(FORMATS)}")
     made.add_argument("--out", type=str, default=None, help="file to write, or folder for the hub")
     made.add_argument("--checkpoint", type=str, default="best", help="of a run: best or last")
     made.add_argument("--model", type=str, default=None, help="network of your own code, as module:function")
-    given = parse(made, words)
+    given = parse(made, pointed(made, words))
     if not given.target:
         raise UserError("export what? instar export RUN --format FORMAT --out PATH")
     if given.format not in FORMATS:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from instar.cli.arguments import parse, parser
+from instar.cli.arguments import divided, parse, parser
 from instar.errors import UserError
 from instar.report import compare_pictures, read, write_pictures
 from instar.report.page import write_page
@@ -24,7 +24,6 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UserError: No run is named, a folder holds none, or a file is damaged.
     """
-    folders, flags = _split(words)
     made = parser("report", DESCRIPTION)
     made.usage = (
         "instar report RUN [RUN ...] [--out PAGE.html | --out FOLDER] [--root FOLDER] [--examples N] [--figures FOLDER]"
@@ -40,7 +39,10 @@ def run(words: Sequence[str]) -> int:
         default=None,
         help="folder for the page's figures as PNG and SVG, its numbers as CSV and Parquet",
     )
+    folders, flags = divided(made, words)
     given = parse(made, flags)
+    if given.examples < 0:
+        raise UserError(f"--examples must be a number of test images, 0 for none; got {given.examples}")
     if not folders:
         raise UserError("which run? instar report RUN [RUN ...], with folders that instar train --out has written")
     runs = [read(folder) for folder in folders]  # before any is drawn: a wrong name is said at once
@@ -73,17 +75,3 @@ def _show(paths: Sequence[Path]) -> None:
 
 def _note(line: str) -> None:
     print(f"instar: note: {line}", file=sys.stderr, flush=True)
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Run folders, which stand in any place, and flags with their values."""
-    folders: list[str] = []
-    flags: list[str] = []
-    waiting = False
-    for word in words:
-        if waiting or word.startswith("-"):
-            waiting = word in ("--out", "--root", "--examples", "--figures") and not waiting
-            flags.append(word)
-        else:
-            folders.append(word)
-    return folders, flags

@@ -68,11 +68,12 @@ def run(words: Sequence[str]) -> int:
         print(_yaml(name, recipe, settings, arguments, changes, given.out), end="")
         return 0
     out = given.out or _default_out(name, settings)
+    length = f"{settings.epochs} epoch{'s' if settings.epochs != 1 else ''}"
+    heading = f"{name} on {settings.data}, {length}, seed {settings.seed} → {out}"
     with (
-        display(epochs=settings.epochs, stream=_stage()) as show,
+        display(epochs=settings.epochs, stream=_stage(), heading=heading) as show,
         following(given.log if leading() else [], out=out, note=show.line) as follow,
     ):
-        show.line(f"{name} on {settings.data}, {settings.epochs} epochs, seed {settings.seed} → {out}")
         try:
             result = train(
                 recipe if ":" not in name else _named(recipe, name),
@@ -99,18 +100,19 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--out", type=str, default=None, help="folder of the run")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
     made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
+    made.add_argument("--save_every", type=float, default=None, help="seconds between saves, if it differs")
     made.add_argument("--accumulate", type=int, default=None, help="pieces of each process's batch, if it differs")
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")
     stored = read_run(given.out)
+    heading = f"{stored['recipe']} on {stored['data']['name']}, resumed → {given.out}"
     with (
-        display(epochs=stored["training"]["epochs"], stream=_stage()) as show,
+        display(epochs=stored["training"]["epochs"], stream=_stage(), heading=heading) as show,
         following(given.log if leading() else [], out=given.out, note=show.line) as follow,
     ):
-        show.line(f"{stored['recipe']} on {stored['data']['name']}, resumed → {given.out}")
         try:
-            where = {"root": given.root, "device": given.device, "accumulate": given.accumulate}
+            where = {name: getattr(given, name) for name in ("root", "device", "save_every", "accumulate")}
             result = resume(given.out, on_event=_both(show, follow), note=show.line, **where)
         except Interrupted as stopped:
             show.line(str(stopped))
