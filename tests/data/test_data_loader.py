@@ -17,6 +17,7 @@ from instar.data.resident import batches, epoch_order, steps_per_epoch
 from instar.data.splits import TestSplit, TrainSplit, hold_out
 from instar.errors import UserError
 from instar.evidence import Batch
+from instar.parallel import Group
 
 COUNT = 103
 PIXELS = torch.from_numpy(files.random_images(COUNT, shape=(3, 8, 8)))
@@ -231,3 +232,14 @@ def test_an_epoch_of_the_catalogues_shape_is_the_same_from_memory_and_from_float
     as_bytes = batches(TrainSplit(ResidentImages(pixels, labels, info)), **options)  # type: ignore[arg-type]
     as_floats = batches(TrainSplit(ResidentImages(pixels.float() / 255, labels, info)), **options)  # type: ignore[arg-type]
     assert all(same(one, other) for one, other in zip(as_bytes, as_floats, strict=True))
+
+
+def test_the_batches_of_an_epoch_are_cut_when_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = []
+    part = Group.part
+    monkeypatch.setattr(Group, "part", lambda self, total: cut.append(total) or part(self, total))
+    split = TrainSplit(ResidentImages(PIXELS, LABELS, INFO))
+    stream = batches(split, batch_size=2, epoch=0, seed=0, shuffle=True, drop_last=True)
+    next(stream)
+    next(stream)
+    assert cut == [2, 2]  # of fifty

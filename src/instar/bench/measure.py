@@ -15,7 +15,7 @@ from instar.bench.child import memory
 from instar.bench.clocks import CLOCKS, in_turns, wait
 from instar.bench.rates import matmul_rate, operations
 from instar.bench.result import Benchmark, Row
-from instar.bench.subject import Case, Subject, _images, cases_of, prepare
+from instar.bench.subject import Case, Subject, cases_of, images_of, prepare
 from instar.config import choose_device
 from instar.data import TrainSplit, augmentation, batches
 from instar.doctor.machine import machine
@@ -160,7 +160,7 @@ def _load() -> float | None:
 
 def _loader_rate(case: Case, device: torch.device, clock: str) -> float:
     """Images a second of the loader alone, shuffled and augmented."""
-    images = _images(case)
+    images = images_of(case)
     split, given = TrainSplit(images), 0
     usual: dict[str, Any] = {"seed": case.seed, "shuffle": True, "drop_last": True, "device": device}
     augment, epoch, begun = augmentation("standard", images.info), 0, 0.0

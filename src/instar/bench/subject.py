@@ -174,7 +174,7 @@ def prepare(case: Case) -> Subject:
         UserError: A name or value that cannot be.
     """
     device = choose_device(case.device)
-    images = _images(case)
+    images = images_of(case)
     method = _method(case)
     left_out = set(case.without)
     plain = case.style == "official"
@@ -232,7 +232,8 @@ def _loaded(data: str, root: str | None) -> Images:
     return load(data, split="train", root=root)
 
 
-def _images(case: Case) -> Images:
+def images_of(case: Case) -> Images:
+    """The training images of a case, in memory where the data set fits."""
     if case.data != "random":
         return _loaded(case.data, case.root)
     known = known_data("random", None)

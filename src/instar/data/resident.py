@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from instar.data.indexed import Images, ResidentImages, as_float, check_values
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evidence import Batch
-from instar.parallel import ALONE, Group
+from instar.parallel import ALONE, Group, Part
 from instar.randomness import generator
 
 _Item = TypeVar("_Item")
@@ -152,18 +152,34 @@ def _batches(
     steps: range,
     group: Group,
 ) -> Iterator[Batch]:
-    order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
-    wholes = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
-    parts = [group.part(len(whole)) for whole in wholes]
-    chunks = [chunk for part, whole in zip(parts, wholes, strict=True) if len(chunk := part.of(whole))]
     labels = split.images.labels
-    fetched = _fetched(split.images, chunks, device)
-    for step, part, (positions, images) in zip(steps, parts, fetched, strict=False):
+    order = epoch_order(split, epoch=epoch, seed=seed, shuffle=shuffle)
+    shares = _shares(order, batch_size, steps, group)
+    for share, images in _fetched(split.images, shares, device):
         moved = images.to(device, non_blocking=True)
         if augment is not None:
-            draws = generator(seed, epoch=epoch, step=step, purpose="augment")
-            moved = part.drawn(_drawing(augment, draws), moved)
-        yield Batch(as_float(moved), labels[positions].to(device), positions.to(device), part=part)
+            draws = generator(seed, epoch=epoch, step=share.step, purpose="augment")
+            moved = share.part.drawn(_drawing(augment, draws), moved)
+        at = share.positions
+        yield Batch(as_float(moved), labels[at].to(device), at.to(device), part=share.part)
+
+
+class _Share(NamedTuple):
+    """What a process treats of the batch of a step."""
+
+    step: int
+    part: Part
+    positions: Tensor
+
+
+def _shares(order: Tensor, batch_size: int, steps: range, group: Group) -> Iterator[_Share]:
+    """The shares of an epoch, cut when they are wanted: an epoch of millions has tens of thousands."""
+    for step in steps:
+        whole = order[step * batch_size : (step + 1) * batch_size]
+        part = group.part(len(whole))
+        positions = part.of(whole)
+        if len(positions):
+            yield _Share(step, part, positions)
 
 
 def _drawing(
@@ -172,14 +188,14 @@ def _drawing(
     return lambda images: augment(images, draws)
 
 
-def _fetched(images: Images, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions and images of each chunk; images that must be decoded are decoded one batch ahead."""
+def _fetched(images: Images, shares: Iterator[_Share], device: torch.device) -> Iterator[tuple[_Share, Tensor]]:
+    """The images of each share; those that must be decoded are decoded one batch ahead."""
     if isinstance(images, ResidentImages):
         resident = images.on(device)
-        for positions in chunks:
-            yield positions, resident.fetch(positions)
+        for share in shares:
+            yield share, resident.fetch(share.positions)
         return
-    yield from one_ahead(lambda positions: (positions, decoded_images(images, positions)), chunks)
+    yield from one_ahead(lambda share: (share, decoded_images(images, share.positions)), shares)
 
 
 def one_ahead(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
