@@ -28,6 +28,11 @@ from instar.schedules import share_of
 from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
 
+INDIFFERENT = frozenset(
+    {"root", "device", "accumulate", "save_every", "save_steps", "keep_every", "keep_newest"},
+)
+"""Settings that decide no number of a run, only where it is made and what is kept of it: a resume may change them."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -71,7 +76,10 @@ class Settings:
         precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
         channels_last: Whether images are laid out as NHWC, which convolutions are faster in.
         fold: Whether eval-mode attacks run on a copy with BatchNorm folded into the convolutions.
-        save_every: Seconds between saves within an epoch; one is made at each epoch's end anyway.
+        save_every: Seconds between saves of the state within an epoch; one is made at each epoch's end anyway.
+        save_steps: Optimiser steps of the run between further saves; 0 leaves it to `save_every`.
+        keep_every: After every so many epochs the evaluation weights are kept, beside best and last; 0 keeps none.
+        keep_newest: How many of these are kept at a time, the newest ones; 0 keeps all.
         seed: Seed of everything random.
         device: ``cpu``, ``cuda``, or ``auto``.
 
@@ -110,6 +118,9 @@ class Settings:
     channels_last: bool = True
     fold: bool = True
     save_every: float = 300.0
+    save_steps: int = 0
+    keep_every: int = 0
+    keep_newest: int = 0
     seed: int = 0
     device: str = "auto"
 
@@ -122,6 +133,11 @@ class Settings:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("save_every", "save_steps", "keep_every", "keep_newest"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.keep_newest and not self.keep_every:
+            raise UserError(f"keep_newest = {self.keep_newest} needs keep_every, for example keep_every = 10")
         for entry in dataclasses.fields(self):
             choices = getattr(_annotations()[entry.name], "__args__", ())
             given = getattr(self, entry.name)

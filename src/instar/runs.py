@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from instar.errors import UserError
+from instar.errors import UserError, unknown
 from instar.models import load as load_weights
 from instar.storage import read_json
 
 CHECKPOINTS = ("best", "last")
+KEPT = re.compile(r"epoch_(\d{3,})")
+"""Names of the weights that are kept of single epochs (``keep_every``), as those of the instance tables."""
+
+
+def check_checkpoint(name: str, *others: str) -> None:
+    """Refuse what cannot be the name of a checkpoint.
+
+    Args:
+        name: The name.
+        *others: What else may stand in its place.
+
+    Raises:
+        UserError: It is neither best, last nor of a form like ``epoch_009``.
+    """
+    if name not in (*CHECKPOINTS, *others) and not KEPT.fullmatch(name):
+        raise unknown("checkpoint", name, (*others, *CHECKPOINTS, "epoch_NNN of a run that keeps some"))
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -37,7 +54,7 @@ def load(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None 
 
     Args:
         path: A run's folder, or a ``.safetensors`` file beside its ``.json`` card.
-        checkpoint: ``"best"`` or ``"last"`` of a run.
+        checkpoint: ``"best"``, ``"last"`` or a kept epoch (``"epoch_009"``) of a run.
         model: A module to put the weights into; needed when it was built by code of your own.
 
     Returns:
@@ -49,7 +66,6 @@ def load(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None 
     path = Path(path)
     if not path.is_dir() or not (path / "run.json").exists():  # a file, or a folder as the hub has them
         return load_weights(path, model=model)
-    if checkpoint not in CHECKPOINTS:
-        raise UserError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}; got {checkpoint!r}")
+    check_checkpoint(checkpoint)
     read_run(path)
     return load_weights(path / "checkpoints" / f"{checkpoint}.safetensors", model=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -112,19 +113,26 @@ def read_json(path: str | os.PathLike[str], *, what: str, largest: int = LARGEST
     return found
 
 
+class WriteError(UserError):
+    """A file could not be written: the disk is full, read-only, or gone. What was there before is still there."""
+
+
 Content = bytes | Callable[[BinaryIO], object]
 """All of a file, or what writes it, for arrays that need not stand in memory twice."""
 
 
-def write_atomically(path: str | os.PathLike[str], content: Content) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], content: Content, *, previous: str | os.PathLike[str] | None = None
+) -> None:
     """Writes a file that appears whole or not at all: beside its place, flushed to the disk, then renamed.
 
     Args:
         path: Where the file shall be; its folder must exist.
         content: All of it, or a function that writes it into the open file.
+        previous: Name in the same folder under which the file that was there before is kept; None keeps it not.
 
     Raises:
-        UserError: If the disk is full or read-only.
+        WriteError: The disk is full or read-only.
 
     Example:
         >>> import tempfile
@@ -137,13 +145,53 @@ def write_atomically(path: str | os.PathLike[str], content: Content) -> None:
     temporary: Path | None = None
     try:
         temporary = write_beside(path, content)
+        if previous is not None and path.exists():
+            _name_also(path, Path(previous))
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _name_also(path: Path, other: Path) -> None:
+    """Put a file under a second name, in the place of whatever had it; the first name stays where links are known."""
+    link = _beside(other)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links: for a moment, the file has its second name alone
+        os.replace(path, other)
+        return
+    os.replace(link, other)
+    link.unlink(missing_ok=True)  # a rename between two names of one file leaves both
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_unfinished(folder: Path, *, of: str | None = None) -> None:
+    """Remove what writers that were killed left behind in a folder that nobody writes into now.
+
+    Args:
+        folder: The folder.
+        of: Name of the file that was not finished; None is any.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / ".state.safetensors.4711ab.tmp").write_bytes(b"half of a st")
+        >>> _ = (folder / "thesis.tmp").write_bytes(b"not ours")
+        >>> remove_unfinished(folder)
+        >>> [file.name for file in folder.iterdir()]
+        ['thesis.tmp']
+    """
+    name = r".+" if of is None else re.escape(of)
+    for file in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.{name}\.[0-9a-f]+\.tmp", file.name) and file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def write_beside(path: Path, content: Content) -> Path:
@@ -151,7 +199,7 @@ def write_beside(path: Path, content: Content) -> Path:
 
     The name is drawn: threads share a process's number, and so may processes of two machines on one disk.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
             if isinstance(content, bytes):

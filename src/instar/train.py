@@ -28,8 +28,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import instar
 from instar.attacks import PGD, Folded, FoldingError, fold
-from instar.checkpoint import State, load_state, save_state
+from instar.checkpoint import State, load_state
 from instar.config import (
+    INDIFFERENT,
     Settings,
     build_method,
     choose_device,
@@ -66,11 +67,13 @@ from instar.models import create, load_foreign, origin, parameter_groups, save
 from instar.models.batch_norm import average_running_statistics, normalised_by
 from instar.parallel import ALONE, Group, launched
 from instar.randomness import generator, key
+from instar.room import check_disk, check_memory, sizes, within_memory
 from instar.runs import read_run
+from instar.saving import Saves, keep_weights, kept_name, read_log, rewind, state_to_resume, write_log
 from instar.schedules import Progress
 from instar.signals import Margin
 from instar.step import Loss, check_divisible, training_step
-from instar.storage import write_atomically
+from instar.storage import WriteError, remove_unfinished, write_atomically
 from instar.weightspace.average import averaged_copy, reestimate_batch_norm
 
 SELECTION_STEPS = 10
@@ -160,7 +163,7 @@ class _Run:
     rows: int
     device: torch.device
     precision: torch.dtype
-    fingerprint: str
+    saves: Saves
     on_event: Callable[[Event], None]
     note: Callable[[str], None]
     group: Group
@@ -230,7 +233,8 @@ def train(
     named_data = data if isinstance(data, str) else "custom"
     named_model = model if isinstance(model, str) else None
     chosen = Settings(**{**settings, "data": named_data, "model": named_model})
-    with launched(choose_device(chosen.device)) if group is None else contextlib.nullcontext(group) as together:
+    joined = launched(choose_device(chosen.device)) if group is None else contextlib.nullcontext(group)
+    with within_memory(Path(out), chosen), joined as together:
         quiet = not together.leads
         return _train_together(
             recipe,
@@ -304,8 +308,12 @@ def _train_together(
         described["data"]["extra"] = {"images": len(extra), "labels": extra.digest()}
     fingerprint = _fingerprint(described)
 
+    needed = sizes(network, method, chosen, rows=len(images))
+
     def prepare() -> bytes:
         going_on = resume or _was_restarted(out, group)
+        check_memory(needed, device)
+        check_disk(needed, out, resume=going_on, note=note)
         _prepare_folder(out, described, fingerprint, resume=going_on)
         return b"resume" if going_on else b""
 
@@ -320,21 +328,26 @@ def _train_together(
         rows=len(images),
         device=device,
         precision=precision,
-        fingerprint=fingerprint,
+        saves=Saves(out, fingerprint=fingerprint, settings=chosen, note=note),
         on_event=on_event,
         note=note,
         group=group,
     )
     group.equalise(list(network.state_dict().values()))  # a module that is given may have been drawn without a seed
     state = _fresh_state(run, network)
-    saved = out / "checkpoints" / "state.safetensors"
-    there = going_on and saved.exists()  # a run that was killed before its first save begins again
-    if there:
-        load_state(state, saved, fingerprint=fingerprint)
-    if not group.agree(state.updates if there else -1):
-        raise UserError(
-            f"not all processes find the same {saved}: --out must lie on a file system that all machines share"
-        )
+    if going_on:
+        # The first process decides for all which state is whole. Killed before its first save, a run begins again.
+        named = group.first(lambda: state_to_resume(out, note=note).encode()).decode()
+        saved = out / "checkpoints" / named
+        there = named != "" and saved.exists()
+        if there:
+            load_state(state, saved, fingerprint=fingerprint)
+        if not group.agree(state.updates if there or not named else -1):
+            raise UserError(
+                f"not all processes find the same {saved}: --out must lie on a file system that all machines share"
+            )
+        fitted = group.first(lambda: json.dumps(rewind(out, state, epochs=chosen.epochs, note=note)).encode())
+        state.best = json.loads(fitted)
     note(_setting(described))
     with contextlib.ExitStack() as layers:
         for part in (state.model, state.average):
@@ -376,8 +389,8 @@ def resume(
         out: The run's folder.
         on_event: See `train`.
         note: See `train`.
-        **where: `root`, `device`, `save_every` and `accumulate` may differ from those of the interrupted run, as may
-            the number of processes.
+        **where: `root`, `device`, `accumulate`, `save_every`, `save_steps`, `keep_every` and `keep_newest` may differ
+            from those of the interrupted run, as may the number of processes.
 
     Returns:
         The finished run.
@@ -387,7 +400,10 @@ def resume(
         Interrupted: As `train`.
     """
     stored = read_run(out)
-    kept: dict[str, Any] = {name: where.get(name) or item for name, item in stored["training"].items()}
+    for name in where:
+        if name not in INDIFFERENT:
+            raise instar.errors.unknown("setting that may differ at a resume", name, INDIFFERENT)
+    kept: dict[str, Any] = stored["training"] | {name: item for name, item in where.items() if item is not None}
     if kept["data"] == "custom" or (kept["model"] is None and stored["model"]["arguments"] is None):
         raise UserError(
             f"the data set or model of {out} was given in Python: call instar.train.train(..., resume=True)"
@@ -517,7 +533,7 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": answers[0], "clean": not answers[1]}
 
 
-_IRRELEVANT = ("root", "save_every", "device", "accumulate", "extra")  # of an extra file the contents count
+_IRRELEVANT = INDIFFERENT | {"extra"}  # of an extra file the contents count
 _LATER = {"batch_norm": "sync"}  # settings that older runs do not name, and what they did
 
 
@@ -551,6 +567,8 @@ def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str
             (folder / part).mkdir(exist_ok=True)
         return
     try:
+        if folder.exists():
+            remove_unfinished(folder, of="run.json")  # killed before its first file was whole, a run left nothing else
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: {RESUME} {folder}, or choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -570,7 +588,7 @@ def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
     for group in ("training", "data", "model"):
         before, now = stored.get(group) or {}, described[group]
         for name in now:
-            irrelevant = _IRRELEVANT if group == "training" else ("path",)
+            irrelevant = _IRRELEVANT if group == "training" else {"path"}
             if before.get(name, _LATER.get(name)) != now[name] and name not in irrelevant:
                 return f"its {group} setting {name} is {before.get(name)!r}, not {now[name]!r}"
     return "its configuration differs"
@@ -609,20 +627,17 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
 
 def _train(run: _Run, state: State) -> Result:
     stand_in = _stand_in(run, state.model)
-    log_path = run.out / "log.jsonl"
-    log = _rewind_log(log_path, state.epoch)
+    log = read_log(run.out / "log.jsonl", before=state.epoch)
     with _stop_requests(patient=not run.group.alone) as requested:
         while state.epoch < run.settings.epochs:
             _epoch(run, state, stand_in, requested)
-            record = _finish_epoch(run, state)
-            log.append(record)
-            if run.group.leads:
-                _write_log(log_path, log)
-            _save_state(run, state)
+            record = _finish_epoch(run, state, log, requested)
             run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
             number = _stop_signal(run, requested)
             if number and state.epoch < run.settings.epochs:
-                raise _interrupted(run, state, number)
+                raise Interrupted(
+                    f"{_said(number)}: saved at the end of epoch {record['epoch']}; {RESUME} {run.out}", number
+                )
         run.group.any(False)  # nobody leaves while the first process is still writing
     return Result(out=run.out, log=log, best=state.best, model=_evaluated(state))
 
@@ -637,7 +652,7 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
     settings, epoch = run.settings, state.epoch
     state.model.train()
     updates = run.steps * settings.epochs
-    saved = started = time.monotonic()
+    started = time.monotonic()
     counted = state.seconds
     for batch in _stream(run, epoch, first_step=state.step):
         step = state.step
@@ -649,11 +664,9 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
         state.seconds = counted + time.monotonic() - started
         run.on_event(StepDone(epoch, step, run.steps, len(rows["loss"]), rows["loss"], rows["correct"].bool()))
         if number := _stop_signal(run, requested):
-            _save_state(run, state)
             raise _interrupted(run, state, number)
-        if time.monotonic() - saved > settings.save_every:
-            _save_state(run, state)
-            saved = time.monotonic()
+        if run.group.leads and run.saves.due(state):  # all processes hold the same state
+            run.saves.attempt(state)
 
 
 def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
@@ -734,8 +747,16 @@ def _known(batch: Batch, computed: Loss, epoch: int) -> dict[str, Tensor]:
     }
 
 
-def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
-    """Measure on the selection split, keep checkpoints and the instance table, and move on to the next epoch."""
+def _finish_epoch(run: _Run, state: State, log: list[dict[str, Any]], requested: list[int]) -> dict[str, Any]:
+    """Measure on the selection split, move on to the next epoch, and write all that belongs to the one that ended.
+
+    Returns:
+        Its line, which `log` got.
+
+    Raises:
+        UserError: The loss is not finite, or the disk did not take the files; the state before is kept.
+        Interrupted: The run was asked to stop while it waited for the disk.
+    """
     epoch = state.epoch
     loss = state.table.mean("loss", epoch=epoch)
     if not math.isfinite(loss):
@@ -771,12 +792,25 @@ def _finish_epoch(run: _Run, state: State) -> dict[str, Any]:
     better = not state.best or robust > state.best["robust"]
     if better:
         state.best = {"epoch": epoch, "clean": clean, "robust": robust}
-    if run.group.leads:
+    state.epoch, state.step = epoch + 1, 0
+    log.append(record)
+
+    def write() -> None:
         if better:
             save(evaluated, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
         save(evaluated, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
-        state.table.save(run.out / "instances" / f"epoch_{epoch:03d}.npz")
-    state.epoch, state.step = epoch + 1, 0
+        keep_weights(evaluated, checkpoints, context, run.settings)
+        state.table.save(run.out / "instances" / f"{kept_name(epoch)}.npz")
+        write_log(run.out / "log.jsonl", log)
+        run.saves.write(state)  # last: what a kill leaves unfinished is computed again from the state before
+
+    if run.group.first(lambda: b"" if run.saves.insist(write, stopped=lambda: bool(requested)) else b"stopped"):
+        number = _stop_signal(run, requested)
+        raise Interrupted(
+            f"{_said(number)}: the disk did not take the end of epoch {epoch}, which will be computed again from the "
+            f"state before it; {RESUME} {run.out}",
+            number,
+        )
     return record
 
 
@@ -869,39 +903,24 @@ def selection_accuracy(
     return right / len(split), safe / len(split)
 
 
-def _rewind_log(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """The log's lines of epochs before `epoch`: what a kill between log and checkpoint left over is computed again."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["epoch"] < epoch:
-                lines.append(record)
-    return lines
-
-
-def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in log).encode())
-
-
 def _stop_signal(run: _Run, requested: list[int]) -> int:
     """The signal by which any process was asked to stop, so that all do after the same step; 0 if none was."""
     return run.group.largest(requested[0] if requested else 0)
 
 
-def _save_state(run: _Run, state: State) -> None:
-    """Write the state, which is the same in all processes and knows nothing of their number."""
-    if not run.group.leads:
-        return
-    save_state(state, run.out / "checkpoints" / "state.safetensors", fingerprint=run.fingerprint)
-
-
 def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
-    name = signal.Signals(number).name
-    where = f"epoch {state.epoch}, step {state.step} of {run.steps}"
-    return Interrupted(f"{name}: saved at {where}; {RESUME} {run.out}", number)
+    """Save, and say it."""
+    said = f"{_said(number)}: saved at epoch {state.epoch}, step {state.step} of {run.steps}"
+    try:
+        if run.group.leads:
+            run.saves.write(state)
+    except WriteError as error:
+        said = f"{_said(number)}: {error} The state that was saved before is whole"
+    return Interrupted(f"{said}; {RESUME} {run.out}", number)
+
+
+def _said(number: int) -> str:
+    return signal.Signals(number).name
 
 
 @contextlib.contextmanager

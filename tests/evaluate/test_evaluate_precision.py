@@ -295,7 +295,7 @@ def test_an_estimate_of_the_memory_grows_with_the_batch(make_task: MakeTask, mon
     subject = Subject(net.eval(), net, 10, CPU)
     sizes = []
     for free in (10**12, 2 * 10**6, 10**6):
-        monkeypatch.setattr("instar.doctor.machine.memory_free", lambda device, free=free: free)
+        monkeypatch.setattr("instar.evaluate.fitting.memory_free", lambda device, free=free: free)
         sizes.append(fitting.fitting(subject, x[:1]))
     assert sizes[0] == 250 > sizes[1] > sizes[2]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import scipy.io
 import torch
 from PIL import Image
 from torch import nn
 
-from instar.checkpoint import State, load_state, save_state
+from instar.checkpoint import WITHOUT_CHECKSUM, State, load_state, save_state
 from instar.cli import main
 from instar.data import formats
 from instar.data.catalogue import CATALOGUE
@@ -246,6 +247,9 @@ def _run(folder: Path) -> list[Target]:
 
     saved = folder / "state.safetensors"
     save_state(state(), saved, fingerprint="a run")
+    with safetensors.safe_open(str(saved), framework="pt") as file:  # the older format has no checksum to stop at
+        numbers = json.loads(file.metadata()["state"]) | {"format": WITHOUT_CHECKSUM}
+    older = safetensors.torch.save(safetensors.torch.load_file(saved), metadata={"state": json.dumps(numbers)})
 
     def replaced(name: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def from_copy(path: Path) -> Any:
@@ -260,7 +264,7 @@ def _run(folder: Path) -> list[Target]:
         _file(
             "checkpoint",
             folder / "fuzzed" / "state.safetensors",
-            (saved.read_bytes(),),
+            (saved.read_bytes(), older, older),
             lambda path: load_state(state(), path, fingerprint="a run"),
         ),
         _file(

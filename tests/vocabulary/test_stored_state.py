@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from instar import UserError
-from instar.checkpoint import State, load_state, save_state
+from instar.checkpoint import State, find_state, load_state, save_state
 from instar.instances import NEVER, InstanceTable, read_instances
 from instar.randomness import generator, key
+from instar.storage import WriteError
 
 
 def test_rows_are_found_where_they_were_written_in_any_order() -> None:
@@ -184,24 +188,140 @@ def test_a_file_that_cannot_be_resumed_from_is_one_clear_line_and_changes_nothin
 def test_a_file_of_another_kind_or_format_is_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
-    assert "has format None; this version reads 1" in _refused(_state(), path)
+    assert "has format None; this version reads 2" in _refused(_state(), path)
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path, metadata={"state": json.dumps({"format": 99})})
-    assert "has format 99; this version reads 1" in _refused(_state(), path)
+    assert "has format 99; this version reads 2" in _refused(_state(), path)
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path, metadata={"state": "{not json"})
     assert "is damaged" in _refused(_state(), path)
 
 
-def test_saving_again_replaces_the_file_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_file_whole_and_keeps_nothing_but_the_one_before_it(tmp_path: Path) -> None:
+    path, state = tmp_path / "state.safetensors", _state()
+    for _ in range(3):
+        _run(state, 1)
+        save_state(state, path, fingerprint="run 1")
+    for file, updates in ((path, 3), (tmp_path / "state-previous.safetensors", 2)):
+        resumed = _state()
+        load_state(resumed, file, fingerprint="run 1")
+        assert resumed.updates == updates
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-previous.safetensors", "state.safetensors"]
+    with pytest.raises(UserError, match=r"cannot write .*Is the disk full or read-only\?"):
+        save_state(state, tmp_path / "missing" / "state.safetensors", fingerprint="run 1")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+def test_a_save_that_fails_leaves_both_states_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", _refusing(errno.EPERM))
     path, state = tmp_path / "state.safetensors", _state()
     for _ in range(2):
         _run(state, 1)
         save_state(state, path, fingerprint="run 1")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert before.keys() == {"state.safetensors", "state-previous.safetensors"}
+    monkeypatch.setattr("os.fsync", _refusing(errno.ENOSPC))
+    with pytest.raises(WriteError, match="No space left on device"):
+        save_state(state, path, fingerprint="run 1")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def _refusing(number: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_every_bit_that_flips_anywhere_in_a_state_is_noticed(tmp_path: Path) -> None:
+    path, state = tmp_path / "state.safetensors", _state(width=1, rows=2)
+    _run(state, 1)
+    save_state(state, path, fingerprint="run 1")
+    whole = path.read_bytes()
+    # All of them would take minutes; a stride that is prime to eight meets every bit of a byte.
+    for place in range(0, 8 * len(whole), 101):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="is damaged and cannot be resumed from"):
+            load_state(_state(width=1, rows=2), path, fingerprint="run 1")
+
+
+def test_a_state_of_the_first_format_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path, state = tmp_path / "state.safetensors", _state()
+    _run(state, 2)
+    save_state(state, path, fingerprint="run 1")
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        numbers = json.loads(file.metadata()["state"]) | {"format": 1}
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata={"state": json.dumps(numbers)})
     resumed = _state()
     load_state(resumed, path, fingerprint="run 1")
     assert resumed.updates == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-    with pytest.raises(UserError, match=r"cannot write .*Is the disk full or read-only\?"):
-        save_state(state, tmp_path / "missing" / "state.safetensors", fingerprint="run 1")
+    assert all(torch.equal(t, _everything(state)[name]) for name, t in _everything(resumed).items())
+    numbers["format"] = 2
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata={"state": json.dumps(numbers)})
+    assert "is damaged and cannot be resumed from: it tells no checksum" in _refused(_state(), path)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the states after two steps and after one."""
+    state = _state()
+    for _ in range(2):
+        _run(state, 1)
+        save_state(state, tmp_path / "state.safetensors", fingerprint="run 1")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-1] + bytes([b[-1] ^ 4])]
+)
+def test_a_damaged_newest_state_is_set_aside_and_the_one_before_it_taken(
+    saved: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    newest, notes = saved / "state.safetensors", list[str]()
+    assert find_state(saved, note=notes.append) == newest
+    assert notes == []
+    damaged = damage(newest.read_bytes())
+    newest.write_bytes(damaged)
+    for name in ("state-damaged.safetensors", "state-damaged-2.safetensors"):
+        assert find_state(saved, note=notes.append) == saved / "state-previous.safetensors"
+        assert (saved / name).read_bytes() == damaged
+        assert not newest.exists()
+        assert "state.safetensors is damaged (" in notes[-1]
+        assert notes[-1].endswith(f"it is kept as {name}. Going on from the state before it, epoch 0, step 0")
+        newest.write_bytes(damaged)
+
+
+def test_a_missing_newest_state_gives_way_to_the_one_before_it(saved: Path) -> None:
+    (saved / "state.safetensors").unlink()
+    notes: list[str] = []
+    assert find_state(saved, note=notes.append) == saved / "state-previous.safetensors"
+    assert "state.safetensors is missing. Going on from the state before it" in notes[0]
+
+
+@pytest.mark.parametrize("missing", [None, "state.safetensors", "state-previous.safetensors"])
+def test_without_a_whole_state_one_line_says_what_to_do_and_nothing_is_touched(
+    saved: Path, missing: str | None
+) -> None:
+    for file in saved.iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    if missing:
+        (saved / missing).unlink()
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises(UserError, match=r"Start again into another --out; with --init .*last\.safetensors") as caught:
+        find_state(saved, note=pytest.fail)
+    assert ("it is missing" in str(caught.value)) == (missing is not None)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_a_state_of_a_later_version_is_refused_and_not_taken_for_damaged(saved: Path) -> None:
+    path = saved / "state.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path, metadata={"state": json.dumps({"format": 99})})
+    with pytest.raises(UserError, match="has format 99; this version reads 2"):
+        find_state(saved, note=pytest.fail)
+    assert path.exists()
 
 
 def test_random_numbers_are_keyed_by_everything_that_tells_draws_apart() -> None:

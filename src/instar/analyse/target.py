@@ -28,12 +28,13 @@ from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE
 from instar.evaluate.evaluation import check_classes, check_labels, device_named, some_of
 from instar.evaluate.shards import Store, fetch
 from instar.evaluate.subject import Subject, examined
-from instar.evaluate.targets import CHECKPOINTS, Case, Normalization, Wishes, described, resolve
+from instar.evaluate.targets import Case, Normalization, Wishes, described, resolve
 from instar.expression import number
 from instar.models import origin
 from instar.randomness import generator
 from instar.report.stored import StoredRun, UnavailableError
 from instar.report.stored import read as read_run
+from instar.runs import CHECKPOINTS
 from instar.threat import Ball
 
 SPLITS = ("train", "test")

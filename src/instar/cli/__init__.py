@@ -67,6 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(f"{error.strerror}: {error.filename or 'the disk'}; nothing that was saved is lost")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from instar.room import is_out_of_memory  # a command that came so far has imported torch
+
+        if not is_out_of_memory(error):
+            raise
+        _complain("out of memory; nothing that was saved is lost. Lower the batch size, or take a larger machine")
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:

@@ -15,7 +15,8 @@ from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
 from instar.evaluate import SUITES
 from instar.evaluate.conditions import BATCH_SIZE
-from instar.evaluate.targets import CHECKPOINTS, ONLINE
+from instar.evaluate.targets import ONLINE
+from instar.runs import check_checkpoint
 
 DESCRIPTION = """Look before the work begins; exit status 1 if anything would make a number wrong.
 
@@ -52,7 +53,7 @@ def _target(words: list[str]) -> tuple[Report, bool]:
     made.add_argument("--model", type=str, default=None, help="network of a foreign state dict")
     made.add_argument("--width", type=int, default=None, help="channels of that network's first stage")
     made.add_argument("--normalize", type=str, default="identity", help="identity, dataset, auto or mean/std")
-    made.add_argument("--checkpoint", type=str, default="best", help="of a run: best, last or online")
+    made.add_argument("--checkpoint", type=str, default="best", help="of a run: best, last, online or epoch_NNN")
     made.add_argument("--norm", type=str, default=None, help="Linf, L2 or L1")
     made.add_argument("--eps", type=expression, default=None, help="radius, as 8/255")
     made.add_argument("--n", type=int, default=None, help="test images that suites would be run on; default: all")
@@ -66,8 +67,7 @@ def _target(words: list[str]) -> tuple[Report, bool]:
         return examine_machine(given.device), given.json
     if given.suite is not None and given.suite not in SUITES:
         raise unknown("suite", given.suite, SUITES)
-    if given.checkpoint not in (*CHECKPOINTS, ONLINE):
-        raise unknown("checkpoint", given.checkpoint, (*CHECKPOINTS, ONLINE))
+    check_checkpoint(given.checkpoint, ONLINE)
     for name, number in (("n", given.n), ("batch_size", given.batch_size)):
         if number is not None and number < 1:
             raise UserError(f"{name} must be at least 1; got {number}")

@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--target", type=str, default=None, help="run or weights, if no word stands for it")
     made.add_argument("--format", type=str, default="safetensors", help=f"one of {', '.join(FORMATS)}")
     made.add_argument("--out", type=str, default=None, help="file to write, or folder for the hub")
-    made.add_argument("--checkpoint", type=str, default="best", help="of a run: best or last")
+    made.add_argument("--checkpoint", type=str, default="best", help="of a run: best, last or epoch_NNN")
     made.add_argument("--model", type=str, default=None, help="network of your own code, as module:function")
     given = parse(made, pointed(made, words))
     if not given.target:

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from instar.cli.arguments import expression, parse, parser
 from instar.cli.display import display
-from instar.config import Settings, build_method, find_recipe, read_value, written
+from instar.config import INDIFFERENT, Settings, build_method, find_recipe, read_value, written
 from instar.data import info
 from instar.errors import UserError
 from instar.follow import SINKS, following
@@ -100,8 +100,11 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--out", type=str, default=None, help="folder of the run")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
     made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
-    made.add_argument("--save_every", type=float, default=None, help="seconds between saves, if it differs")
     made.add_argument("--accumulate", type=int, default=None, help="pieces of each process's batch, if it differs")
+    made.add_argument("--save_every", type=float, default=None, help="seconds between saves, if they differ")
+    made.add_argument("--save_steps", type=int, default=None, help="optimiser steps between saves, if they differ")
+    made.add_argument("--keep_every", type=int, default=None, help="epochs whose weights are kept, if they differ")
+    made.add_argument("--keep_newest", type=int, default=None, help="how many of them, if they differ")
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")
@@ -112,7 +115,7 @@ def _resume(words: Sequence[str]) -> int:
         following(given.log if leading() else [], out=given.out, note=show.line) as follow,
     ):
         try:
-            where = {name: getattr(given, name) for name in ("root", "device", "save_every", "accumulate")}
+            where = {name: getattr(given, name) for name in sorted(INDIFFERENT)}
             result = resume(given.out, on_event=_both(show, follow), note=show.line, **where)
         except Interrupted as stopped:
             show.line(str(stopped))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from instar.config import INDIFFERENT
 from instar.errors import UserError, unknown
 from instar.evaluate import Record, read
 from instar.runs import read_run
@@ -19,7 +20,7 @@ Target = str | os.PathLike[str] | Record
 
 SUITES = ("standard", "robustbench", "adaptive", "development", "quick")
 """Whose record comes first where a run has several; columns of the others stand behind."""
-WITHOUT = frozenset({"seed", "root", "device", "save_every", "out", "resume"})
+WITHOUT = frozenset({"seed", "out", "resume"}) | INDIFFERENT - {"accumulate"}
 """Training settings in which runs of one recipe may differ: the seed, and what changes no result."""
 
 

@@ -14,13 +14,14 @@ from instar.config import choose_device
 from instar.doctor.checks import model_checks
 from instar.doctor.estimate import cost, measure, standing
 from instar.doctor.machine import machine, machine_checks
-from instar.doctor.report import ERROR, WARNING, Check, Cost, Report, gibibytes
+from instar.doctor.report import ERROR, WARNING, Check, Cost, Report
 from instar.errors import UserError
 from instar.evaluate.conditions import BATCH_SIZE
 from instar.evaluate.normalization import Normalization, labelled
 from instar.evaluate.subject import examined, is_black_box
 from instar.evaluate.suites import SUITES, build
 from instar.evaluate.targets import Wishes, radius, resolve
+from instar.room import gibibytes
 from instar.threat import Ball, ball
 
 USUAL_SUITES = ("quick", "development", "standard")

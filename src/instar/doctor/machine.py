@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,11 @@ from typing import Any
 import torch
 
 import instar
-from instar.doctor.report import ERROR, OK, WARNING, Check, gibibytes
+from instar.doctor.report import ERROR, OK, WARNING, Check
 from instar.evaluate.recording import version
+from instar.room import disk_free, gibibytes, memory_free
 
 LITTLE_DISK, LITTLE_MEMORY = 2 * 2**30, 2**30
-
-CONTAINER = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Where the two versions of control groups say how much memory a container may take, and how much it has taken."""
 
 
 def machine(device: torch.device, folder: Path) -> dict[str, Any]:
@@ -96,52 +90,6 @@ def cores() -> int:
     """Cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
-
-
-def memory_free(device: torch.device) -> int | None:
-    """Bytes that can still be taken: of the device, or of the machine within the limit of its container.
-
-    Returns:
-        The number, or None where the system does not say.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-        free = known["MemAvailable"]
-    except (OSError, ValueError, KeyError, IndexError):
-        return _by_system_configuration()
-    for limit, used in CONTAINER:
-        try:
-            most = int(Path("/sys/fs/cgroup", limit).read_text())
-            free = min(free, max(most - int(Path("/sys/fs/cgroup", used).read_text()), 0))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return free
-
-
-def _by_system_configuration() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def disk_free(folder: Path) -> int | None:
-    """Bytes free where a folder is, or would be.
-
-    Example:
-        >>> disk_free(Path("/")) > 0
-        True
-    """
-    for place in (folder, *folder.parents):
-        if place.exists():
-            try:
-                return shutil.disk_usage(place).free
-            except OSError:
-                return None
-    return None
 
 
 def peak_memory(device: torch.device) -> int:

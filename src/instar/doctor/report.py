@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from instar.evaluate.progress import spoken
+from instar.room import gibibytes
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 
@@ -131,13 +132,3 @@ class Report:
         found = [str(check) for check in self.checks]
         found += [f"cost     {cost}" for cost in self.costs]
         return found + ([f"cost     {self.training}"] if self.training is not None else [])
-
-
-def gibibytes(count: float) -> str:
-    """A size as people say it.
-
-    Example:
-        >>> gibibytes(3 * 2**29), gibibytes(5e6)
-        ('1.5 GiB', '5 MiB')
-    """
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

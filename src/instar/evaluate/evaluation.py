@@ -30,9 +30,10 @@ from instar.evaluate.recording import recorded
 from instar.evaluate.shards import Store, fetch, make_folder
 from instar.evaluate.subject import Subject, examined, one_line
 from instar.evaluate.suites import Suite, build
-from instar.evaluate.targets import CHECKPOINTS, Case, Normalization, Wishes, resolve
+from instar.evaluate.targets import Case, Normalization, Wishes, resolve
 from instar.evaluate.team import Team
 from instar.evaluate.work import TooLargeError, Work
+from instar.runs import CHECKPOINTS
 from instar.threat import Ball
 
 TRIAL = 32

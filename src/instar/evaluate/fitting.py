@@ -8,6 +8,7 @@ from torch import Tensor
 from instar.errors import UserError
 from instar.evaluate.conditions import BATCH_SIZE
 from instar.evaluate.subject import Subject
+from instar.room import memory_free
 
 CAUTION = 2.0
 """On the CPU this many times the estimate must be free: attacks hold copies of images beside what backward passes keep,
@@ -51,7 +52,6 @@ def _fits(subject: Subject, image: Tensor, size: int, processes: int) -> bool:
         return _runs(subject, image, size)
     # Looked up here: the doctor examines machines and models, and looks at evaluations to tell what they cost.
     from instar.doctor.estimate import memory
-    from instar.doctor.machine import memory_free
 
     if subject.black_box:
         return True

@@ -17,7 +17,7 @@ from instar.checkpoint import progress_of
 from instar.data import Images, TestSplit, from_dataset, load
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
-from instar.errors import UserError, unknown
+from instar.errors import UserError
 from instar.evaluate.normalization import Normalization as Normalization
 from instar.evaluate.normalization import Statistics, detect, wanted
 from instar.expression import parse
@@ -28,10 +28,9 @@ from instar.models.onnx import OnnxClassifier
 from instar.models.reading import absent, kind
 from instar.models.registry import Normalized
 from instar.models.torchscript import load_torchscript
-from instar.runs import read_run
+from instar.runs import CHECKPOINTS, KEPT, check_checkpoint, read_run
 from instar.threat import Ball, ball
 
-CHECKPOINTS = ("best", "last")
 ONLINE = "online"
 """The weights that the optimiser itself trained, where `CHECKPOINTS` hold their average."""
 CHOICES = ("both", *CHECKPOINTS, ONLINE, "all")
@@ -99,8 +98,7 @@ def resolve(target: Any, wishes: Wishes) -> list[Case]:
     Raises:
         UserError: Something is missing, does not exist, or does not fit.
     """
-    if wishes.checkpoint not in CHOICES:
-        raise unknown("checkpoint", wishes.checkpoint, CHOICES)
+    check_checkpoint(wishes.checkpoint, *(choice for choice in CHOICES if choice not in CHECKPOINTS))
     if isinstance(target, nn.Module):
         return [_module(target, wishes)]
     path = Path(target).expanduser()
@@ -119,7 +117,7 @@ def _stored(path: Path, wishes: Wishes) -> list[Case]:
         raise UserError(f"there is no run folder or weights file {path}")
     run = path.parent.parent
     if path.parent.name == "checkpoints" and (run / "run.json").is_file():
-        if path.stem in CHECKPOINTS:
+        if path.stem in CHECKPOINTS or KEPT.fullmatch(path.stem):
             return _run(run, replace(wishes, checkpoint=path.stem))
         if path.name == STATE:
             return _run(run, replace(wishes, checkpoint=ONLINE))
@@ -136,7 +134,8 @@ def _lay_out(model: nn.Module) -> None:
 def _run(folder: Path, wishes: Wishes) -> list[Case]:
     run = read_run(folder)
     several = wishes.checkpoint in ("both", "all")
-    files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in CHECKPOINTS}
+    names = (*CHECKPOINTS, wishes.checkpoint) if KEPT.fullmatch(wishes.checkpoint) else CHECKPOINTS
+    files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in names}
     present = {name: file for name, file in files.items() if file.is_file() and (several or name == wishes.checkpoint)}
     if not present and wishes.checkpoint != ONLINE:
         asked = " or ".join(files) if several else wishes.checkpoint
@@ -161,7 +160,11 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
     for name, file in present.items():
         model = load_weights(file, model=_given(wishes, split))
         card = read_card(file)
-        checkpoint: dict[str, Any] = {"which": name, "rule": rules[name], "file": file.name}
+        checkpoint: dict[str, Any] = {
+            "which": name,
+            "rule": rules.get(name, "one of several epochs"),
+            "file": file.name,
+        }
         checkpoint |= {key: card.get(key) for key in ("epoch", "weights", "selection")}
         cases.append(Case(name, str(folder), model, split, threat, checkpoint, card["sha256"], training, out, state))
     if wishes.checkpoint == ONLINE or (wishes.checkpoint == "all" and has_online(folder)):

@@ -28,6 +28,7 @@ from instar.models.files import (
 )
 from instar.models.hub import config, readme
 from instar.models.registry import create
+from instar.runs import check_checkpoint
 from instar.storage import write_atomically
 
 FORMATS = {"safetensors": ".safetensors", "state_dict": ".pt", "onnx": ".onnx", "hub": ""}
@@ -116,8 +117,7 @@ def _source(
         return target, card, []
     path = Path(target).expanduser()
     if (path / "run.json").is_file():
-        if checkpoint not in ("best", "last"):
-            raise unknown("checkpoint", checkpoint, ("best", "last"))
+        check_checkpoint(checkpoint)
         path = path / "checkpoints" / f"{checkpoint}.safetensors"
     elif not path.exists():
         raise UserError(f"there is no run folder or weights file {path}")

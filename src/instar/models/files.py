@@ -19,7 +19,7 @@ from instar.models.normalize import Normalize
 from instar.models.reading import absent, parsed, read_bytes
 from instar.models.registry import Origin, create, origin
 from instar.models.states import compare, copy_into, detached, line, other_architecture, tensors_of, unwrapped
-from instar.storage import flush_folder, write_beside
+from instar.storage import WriteError, flush_folder, write_beside
 
 LARGEST_CARD = 10_000_000  # bytes
 HUB_WEIGHTS, HUB_CARD = "model.safetensors", "config.json"
@@ -100,7 +100,7 @@ def write_with_card(path: Path, content: bytes, card: Mapping[str, Any], *, card
             os.replace(temporary, target)
         flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}. Is the disk full or read-only?") from error
     finally:
         for temporary, _ in pending:
             temporary.unlink(missing_ok=True)

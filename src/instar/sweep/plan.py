@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instar.config import INDIFFERENT
 from instar.errors import UserError
 from instar.runs import read_run
 from instar.sweep.grid import Choice
-
-WITHOUT = frozenset({"root", "save_every", "device", "accumulate"})
-"""Training settings that may differ between a run and the one that is wanted: they decide no number."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def difference(run: Mapping[str, Any], recipe: str, wanted: Configuration) -> st
     training = run.get("training") or {}
     for name, item in wanted.training.items():
         # A setting that an older run does not name had its default then.
-        if name not in WITHOUT and name in training and training[name] != item:
+        if name not in INDIFFERENT and name in training and training[name] != item:
             return f"its {name} is {training[name]}, not {item}"
     return ""
 
