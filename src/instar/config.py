@@ -73,6 +73,7 @@ class Settings:
         extra_smoothing: Label smoothing of the extra images alone, in [0, 1).
         selection: Training images held out to choose the best checkpoint by: a number, or a share below 1. None means
             1,000, or a tenth of the training set where that is less.
+        patience: Epochs without a better best checkpoint after which the run ends early; 0 trains to the end.
         precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
         channels_last: Whether images are laid out as NHWC, which convolutions are faster in.
         fold: Whether eval-mode attacks run on a copy with BatchNorm folded into the convolutions.
@@ -114,6 +115,7 @@ class Settings:
     extra_fraction: float = 0.7
     extra_smoothing: float = 0.0
     selection: float | None = None
+    patience: int = 0
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
     fold: bool = True
@@ -158,6 +160,8 @@ class Settings:
             raise unknown("augment", self.augment, AUGMENTATIONS)
         if self.extra is not None:
             extra_count(self.batch_size, self.extra_fraction)
+        if self.patience < 0:
+            raise UserError(f"patience must be a number of epochs, and 0 for none; got {self.patience}")
         if self.selection is not None and not self.selection > 0:
             raise UserError(f"selection must be a positive number of images or a share below 1; got {self.selection}")
 

@@ -554,6 +554,25 @@ _TRICKS_DROPS = ((100, 0.1), (105, 0.01))
 _pgd_at = [
     Preset(
         "pgd_at",
+        "fast-cifar10",
+        {
+            "eps": Ramp(0, 8 / 255, 0, 0.1),
+            "steps": Steps(2, ((0.2, 4), (0.5, 7), (0.8, 10))),
+            "step_size": Steps(5 / 255, ((0.2, 3 / 255), (0.5, 2 / 255))),
+        },
+        {
+            **_sgd("cifar10", "resnet18", epochs=30, lr=0.2, schedule="one-cycle", nesterov=True),
+            "patience": 8,
+        },
+        "ours: the parts of docs/speed.md put together, by the passes that they save",
+        "",
+        "Its time and its accuracy have not been measured yet. The radius rises over the first tenth of the run; the "
+        "attack has 2 steps at first and 10 in the last fifth, 37 % fewer passes than ten throughout; the run ends "
+        "when eight epochs have brought no better checkpoint on the selection split.",
+        changes={"average": EMA(0.995)},
+    ),
+    Preset(
+        "pgd_at",
         "madry-cifar10-wrn-32-10",
         {**LINF_8},
         _sgd("cifar10", WRN, epochs=205, weight_decay=2e-4, drops=((0.5, 0.1), (0.75, 0.01))),

@@ -534,7 +534,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 _IRRELEVANT = INDIFFERENT | {"extra"}  # of an extra file the contents count
-_LATER = {"batch_norm": "sync"}  # settings that older runs do not name, and what they did
+_LATER = {"batch_norm": "sync", "patience": 0}  # settings that older runs do not name, and what they did
 
 
 def _fingerprint(described: Mapping[str, Any]) -> str:
@@ -629,7 +629,7 @@ def _train(run: _Run, state: State) -> Result:
     stand_in = _stand_in(run, state.model)
     log = read_log(run.out / "log.jsonl", before=state.epoch)
     with _stop_requests(patient=not run.group.alone) as requested:
-        while state.epoch < run.settings.epochs:
+        while state.epoch < run.settings.epochs and not _out_of_patience(run, state):
             _epoch(run, state, stand_in, requested)
             record = _finish_epoch(run, state, log, requested)
             run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
@@ -640,6 +640,15 @@ def _train(run: _Run, state: State) -> Result:
                 )
         run.group.any(False)  # nobody leaves while the first process is still writing
     return Result(out=run.out, log=log, best=state.best, model=_evaluated(state))
+
+
+def _out_of_patience(run: _Run, state: State) -> bool:
+    """Whether the best checkpoint is so old that the run ends; a run that is resumed then ends again."""
+    patience = run.settings.patience
+    if not patience or not state.best or state.epoch - 1 - state.best["epoch"] < patience:
+        return False
+    run.note(f"no better checkpoint in {patience} epochs: the run ends after {state.epoch} of {run.settings.epochs}")
+    return True
 
 
 def _evaluated(state: State) -> nn.Module:

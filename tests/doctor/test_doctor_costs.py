@@ -130,13 +130,16 @@ def training_steps() -> object:
     return Steps(2, ((0.5, 10),))
 
 
-def foretold(recipe: str, monkeypatch: pytest.MonkeyPatch, *, inspected: object, epochs: int = 40) -> object:
+def foretold(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, *, inspected: object, epochs: int = 40, fixed: float = 0.0
+) -> object:
     """A forecast of 20 steps an epoch, each of one second at full length."""
     import instar.doctor.training as training
 
     monkeypatch.setattr(training, "_step", lambda *_: (1.0, "said"))
     monkeypatch.setattr(training, "_epoch_end", lambda *_, **__: 0.0)
     monkeypatch.setattr(training, "_inspected", inspected)
+    monkeypatch.setattr(training, "_fixed", lambda *_, **__: fixed)
     return predict(recipe, data="digits", model="small_cnn", epochs=epochs, batch_size=64, device="cpu")
 
 
@@ -149,8 +152,28 @@ def test_an_attack_that_stops_early_is_foretold_by_the_iterates_that_it_inspects
     # 23 units, of which 20 are the attack's: none of them before training, half of them once the network has learnt.
     learning = 0.15 * 40 * 20
     learnt = 1 - learning / 800 * (1 - math.exp(-800 / learning))
-    assert none.seconds / none.most == pytest.approx((3 + 10 * learnt) / 23)  # type: ignore[attr-defined]
+    share = (3 + 10 * learnt) / 23
+    assert none.seconds / none.most == pytest.approx(share)  # type: ignore[attr-defined]
+    # Where a third of the time is the same for any batch, only the rest is saved.
+    some = foretold("fat", monkeypatch, inspected=lambda *_: 0.0, fixed=1 / 3)
+    assert some.seconds / some.most == pytest.approx(1 - 2 / 3 * (1 - share))  # type: ignore[attr-defined]
     assert "at most" in str(none)
+
+
+def test_the_fixed_share_of_a_step_is_that_of_a_line_through_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    import instar.doctor.training as training
+    from instar.config import Settings
+
+    monkeypatch.setattr(training, "_timed", lambda *_, batch_size, **__: (0.5 + 0.01 * batch_size, 4))
+    found = training._fixed(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        Settings(batch_size=150),
+        torch.device("cpu"),
+        step=2.0,
+        seconds=1.0,
+    )
+    assert found == pytest.approx(0.25)
 
 
 def test_the_points_of_a_schedule_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,3 +150,26 @@ def test_drops_of_the_learning_rate_are_read_from_flag_and_file(
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--print_config"]) == 0
     assert capsys.readouterr().out == text
     assert "drops: ((0.5, 0.2), (150, 0.1))" in text
+
+
+def test_a_run_without_a_better_checkpoint_ends_early_and_stays_ended(tmp_path: Path) -> None:
+    notes: list[str] = []
+    frozen = {**SMALL, "epochs": 9, "lr": 0.0, "ema": 0.0, "patience": 2, "weight_decay": 0.0}
+    done = train("natural", out=tmp_path / "run", note=notes.append, **frozen)
+    # With a learning rate of 0 only BatchNorm's statistics move; nothing below depends on when they help last.
+    best = int(done.best["epoch"])
+    assert [line["epoch"] for line in done.log] == list(range(best + 3))
+    assert best + 3 < 9
+    assert notes[-1] == f"no better checkpoint in 2 epochs: the run ends after {best + 3} of 9"
+    again = instar.train.resume(tmp_path / "run")
+    assert [line["epoch"] for line in again.log] == list(range(best + 3))
+
+
+def test_without_patience_a_run_goes_to_its_end(tmp_path: Path) -> None:
+    frozen = {**SMALL, "epochs": 4, "lr": 0.0, "ema": 0.0}
+    assert len(train("natural", out=tmp_path / "run", **frozen).log) == 4
+
+
+def test_patience_is_a_number_of_epochs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="patience must be"):
+        train("natural", out=tmp_path / "run", **SMALL, patience=-1)

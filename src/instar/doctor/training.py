@@ -132,9 +132,10 @@ def predict(
     if average is not None and average.batch_norm == "reestimate":
         end += each * step / max(units[dearest], 1)
     longest = sum(units) / units[dearest]
-    expected = (
-        longest if stop is None else sum(_shortened(method, units, images, chosen, device, each)) / units[dearest]
-    )
+    expected = longest
+    if stop is not None:
+        fixed = _fixed(full, images, chosen, device, step=step, seconds=seconds) if _leaves(probed) else 0.0
+        expected -= (1 - fixed) * sum(_saved(method, units, images, chosen, device, each)) / units[dearest]
     ends = chosen.epochs * end
     return Training(
         recipe=recipe,
@@ -154,16 +155,28 @@ def _leaves(method: Method) -> bool:
     return isinstance(attack, PGD) and attack.stop is not None and attack.may_leave(attack.stop)
 
 
-def _shortened(
+def _fixed(
+    method: Method, images: Images, settings: Settings, device: torch.device, *, step: float, seconds: float
+) -> float:
+    """Share of a step's time that a smaller batch would take as well: of small networks, the most."""
+    small, wanted = min(SMALL, settings.batch_size), settings.batch_size
+    if small == wanted:
+        return 1.0
+    first, _ = _timed(method, images, settings, device, batch_size=small, seconds=seconds / 10)
+    slope = max(step - first, 0.0) / (wanted - small)
+    return min(max(first - slope * small, 0.0) / step, 1.0)
+
+
+def _saved(
     method: Method, units: list[int], images: Images, settings: Settings, device: torch.device, each: int
 ) -> list[float]:
-    """Forward units of a step in each epoch, where the attack may stop early."""
+    """Forward units of a step that early stopping saves in each epoch."""
     epochs = len(units)
     points = sorted({round(k * (epochs - 1) / max(POINTS - 1, 1)) for k in range(POINTS)})
     seen = {epoch: _inspected(_at(method, epoch, epochs), images, settings, device) for epoch in points}
     learning = max(min(LEARNT[0] * each * epochs, LEARNT[1]), 1.0)
     found = []
-    for epoch, most in enumerate(units):
+    for epoch in range(epochs):
         untrained = seen[max(point for point in points if point <= epoch)]
         trained = (untrained + 1) / 2
         # The mean over the epoch of 1 − exp(−update / learning).
@@ -172,7 +185,7 @@ def _shortened(
         there = untrained + learnt * (trained - untrained)
         attack = _at(method, epoch, epochs).attack
         steps = attack.numbers()[0] if isinstance(attack, PGD) else 0
-        found.append(most - 2 * steps * (1 - there))  # a forward and a backward pass for every iterate
+        found.append(2 * steps * (1 - there))  # a forward and a backward pass for every iterate
     return found
 
 
