@@ -29,7 +29,7 @@ from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
 
 INDIFFERENT = frozenset(
-    {"root", "device", "accumulate", "save_every", "save_steps", "keep_every", "keep_newest"},
+    {"root", "device", "accumulate", "shard", "save_every", "save_steps", "keep_every", "keep_newest"},
 )
 """Settings that decide no number of a run, only where it is made and what is kept of it: a resume may change them."""
 
@@ -52,6 +52,8 @@ class Settings:
         accumulate: Pieces in which each process treats its share of a batch, one after the other, to save memory.
         batch_norm: Statistics of BatchNorm where several processes train: ``sync`` (of the global batch), ``local`` (of
             each process's share), or, in one process too, ``frozen`` (those of the network that training begins from).
+        shard: ``full`` divides every parameter, its gradient, momentum and average among the processes (FSDP2), for
+            networks that one GPU does not hold; ``none`` gives all of it to each.
         optimizer: ``sgd`` or ``adamw``.
         nesterov: Whether the momentum of SGD is Nesterov's.
         lr: Highest learning rate; None means 0.2 for SGD with one-cycle, 0.1 for SGD otherwise, 0.001 for AdamW.
@@ -99,6 +101,7 @@ class Settings:
     batch_size: int = 128
     accumulate: int = 1
     batch_norm: Literal["sync", "local", "frozen"] = "sync"
+    shard: Literal["none", "full"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     nesterov: bool = True
     lr: float | None = None

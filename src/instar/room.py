@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,6 +111,16 @@ class Sizes:
     table: int
     kept: int
     epochs: int
+
+    def of_each(self, processes: int) -> Sizes:
+        """What each process holds of a network in shards.
+
+        Example:
+            >>> Sizes(8, 8, 8, 0, 5, 0, 1).of_each(2)
+            Sizes(weights=4, trained=4, optimizer=4, average=0, table=5, kept=0, epochs=1)
+        """
+        divided = ("weights", "trained", "optimizer", "average")
+        return replace(self, **{name: -(-getattr(self, name) // processes) for name in divided})
 
     @property
     def state(self) -> int:

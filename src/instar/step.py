@@ -16,6 +16,7 @@ from instar.method import FORWARDS, Method
 from instar.models.heads import logit_scale
 from instar.modes import captured_features, forward_mode, full
 from instar.schedules import Progress
+from instar.sharding import displaced, is_sharded, placed, reshard, sum_gradients
 from instar.signals import Signal
 
 END = Progress(epoch=1, epochs=1)
@@ -78,6 +79,8 @@ def training_loss(
     """
     method = method.at(END if progress is None else progress)
     _check_model(model, method)
+    if is_sharded(model) and method.perturbation is not None:
+        raise UserError("perturbed weights of a sharded network exist within training_step only, not in training_loss")
     if adversary is None:
         piece = _attack(model, method, batch, generator, attacked)
     else:
@@ -132,16 +135,19 @@ def training_step(
     done = []
     with forward_mode(model, "train"):
         offsets = _offsets(model, method, pieces)
-        told = _coefficients(method.loss, pieces, lambda piece: _evidence(model, method, piece, offsets, final=False))
-        for piece, tell in zip(pieces, told, strict=True):
-            computed = _loss(method, piece, tell(_evidence(model, method, piece, offsets)))
-            if not computed.loss.requires_grad:
-                raise UserError(
-                    f"the loss {method.loss!r} depends on no weight: all its coefficients are 0 at this point"
-                )
-            piece.batch.part.mean(computed.loss).backward()
-            done.append(detached(computed))
-    batch.part.group.add_up([p.grad for p in model.parameters() if p.grad is not None])
+        with displaced(model, offsets):
+            told = _coefficients(
+                method.loss, pieces, lambda piece: _evidence(model, method, piece, offsets, final=False)
+            )
+            for piece, tell in zip(pieces, told, strict=True):
+                computed = _loss(method, piece, tell(_evidence(model, method, piece, offsets)))
+                if not computed.loss.requires_grad:
+                    raise UserError(
+                        f"the loss {method.loss!r} depends on no weight: all its coefficients are 0 at this point"
+                    )
+                piece.batch.part.mean(computed.loss).backward()
+                done.append(detached(computed))
+    sum_gradients(model, batch.part.group)
     _decay_at_perturbed_weights(model, optimizer, offsets)
     optimizer.step()
     whole = joined(done, batch)
@@ -172,6 +178,34 @@ def check_divisible(method: Method, *, processes: int, accumulate: int) -> None:
             raise UserError(
                 f"{signal!r} looks at the whole batch at every step of the attack, which pieces are attacked one after "
                 "the other: set accumulate=1, or use more processes"
+            )
+
+
+def check_shardable(method: Method) -> None:
+    """Refuse a method whose step cannot be made on a sharded network.
+
+    Raises:
+        UserError: With the part of the method and the reason.
+    """
+    if method.step is not None:
+        raise UserError(
+            f"{type(method.step).__name__} makes steps of its own, on whole weights: train with --shard none"
+        )
+    seen = [method.loss, *(signal for _, signal in method.remember), *_signals(method.attack)]
+    perturbed = method.perturbation is not None
+    if method.perturbation is not None and method.perturbation.objective is not None:
+        seen.append(method.perturbation.objective)
+    for signal in seen:
+        if "params" in signal.needs:
+            raise UserError(f"{signal!r} computes with the weights themselves: train with --shard none")
+        if "forward" in signal.needs:
+            raise UserError(
+                f"{signal!r} queries the network again, which a sharded one does not allow: train with --shard none"
+            )
+        if perturbed and signal.needs & {"anchor", "anchor_adv"}:
+            raise UserError(
+                f"{signal!r} needs weights with and without {type(method.perturbation).__name__} at the same time, of "
+                "which a sharded network holds one: train with --shard none"
             )
 
 
@@ -261,6 +295,8 @@ def _offsets(model: nn.Module, method: Method, pieces: Sequence[_Piece]) -> dict
         return _gather(model, method, ascended.needs, piece, weights=parameters)
 
     def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
+        if is_sharded(model):
+            return _loss_of_shards(model, ascended, pieces, look, parameters)
         if pieces[0].batch.part.whole:
             return ascended(look(pieces[0], parameters)).mean()
         return _loss_of_all(ascended, pieces, look, parameters)
@@ -290,6 +326,33 @@ def _loss_of_all(
     assert total is not None
     pieces[0].batch.part.group.add_up([total, *sums.values()])
     known: Tensor = _Known.apply(total, sums, *parameters.values())
+    return known
+
+
+def _loss_of_shards(
+    model: nn.Module,
+    signal: Signal,
+    pieces: Sequence[_Piece],
+    look: Callable[[_Piece, Mapping[str, Tensor]], Evidence],
+    parameters: Mapping[str, Tensor],
+) -> Tensor:
+    """As `_loss_of_all`, of a sharded network: it computes with the parameters in the place of its own."""
+    group, own = pieces[0].batch.part.group, _trainable(model)
+    total: Tensor | None = None
+    with placed(model, parameters):
+        told = _coefficients(signal, pieces, lambda piece: look(piece, {}))
+        for piece, tell in zip(pieces, told, strict=True):
+            with torch.enable_grad():
+                loss = piece.batch.part.mean(signal(tell(look(piece, {}))))
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+    sum_gradients(model, group)
+    assert total is not None
+    found = {place: own[name].grad for place, name in enumerate(parameters)}
+    sums = {place: gradient for place, gradient in found.items() if gradient is not None}
+    for parameter in own.values():
+        parameter.grad = None
+    known: Tensor = _Known.apply(group.total(total), sums, *parameters.values())
     return known
 
 
@@ -432,6 +495,7 @@ def _checked(adversary: Adversary, batch: Batch) -> Adversary:
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    reshard(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -474,7 +538,9 @@ def _gather(
         extra: What only remembered signals read: computed without graph and without touching BatchNorm.
     """
     batch, adversary, generator = piece
-    base = dict(weights) if weights is not None else (_trainable(model) if offsets else None)
+    # The weights of a sharded network are in their place already: they can be handed over to no call.
+    in_place = is_sharded(model)
+    base = None if in_place else dict(weights) if weights is not None else (_trainable(model) if offsets else None)
     moved = (
         {name: p + offsets[name] if name in offsets else p for name, p in base.items()} if base and offsets else base
     )

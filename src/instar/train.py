@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -71,8 +71,9 @@ from instar.room import check_disk, check_memory, sizes, within_memory
 from instar.runs import read_run
 from instar.saving import Saves, keep_weights, kept_name, read_log, rewind, state_to_resume, write_log
 from instar.schedules import Progress
+from instar.sharding import Shards, is_sharded
 from instar.signals import Margin
-from instar.step import Loss, check_divisible, training_step
+from instar.step import Loss, check_divisible, check_shardable, training_step
 from instar.storage import WriteError, remove_unfinished, write_atomically
 from instar.weightspace.average import averaged_copy, reestimate_batch_norm
 
@@ -141,7 +142,8 @@ class Result:
         out: Its folder.
         log: The lines of ``log.jsonl``.
         best: Epoch and accuracies (in [0, 1]) of the best checkpoint on the selection split.
-        model: The evaluation weights at the end of training.
+        model: The evaluation weights at the end of training; with ``shard="full"`` the whole network, on the CPU, in
+            the first process, and a shard in each other one.
     """
 
     out: Path
@@ -167,6 +169,7 @@ class _Run:
     on_event: Callable[[Event], None]
     note: Callable[[str], None]
     group: Group
+    shards: Shards | None = None
 
     @property
     def steps(self) -> int:
@@ -286,10 +289,15 @@ def _train_together(
     check_divisible(method, processes=group.size, accumulate=chosen.accumulate)
     device = group.device(choose_device(chosen.device))
     precision = choose_precision(chosen.precision, device)
-    network = _network(model, chosen, images, method).to(device)
+    network = _network(model, chosen, images, method)
     _check_requirement(method, network)
-    if chosen.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+    sharded = chosen.shard == "full" and not group.alone
+    if sharded:
+        check_shardable(method)
+        network = network.cpu()  # from where it is moved in shards
+    else:
+        network = network.to(device)
+        network = network.to(memory_format=torch.channels_last) if chosen.channels_last else network
     if chosen.init:
         # Weights without normalisation of their own were trained on plain [0, 1] images; the report says what was done.
         note(str(load_foreign(chosen.init, network, new_head=True)))
@@ -312,7 +320,7 @@ def _train_together(
 
     def prepare() -> bytes:
         going_on = resume or _was_restarted(out, group)
-        check_memory(needed, device)
+        check_memory(needed.of_each(group.size) if sharded else needed, device)
         check_disk(needed, out, resume=going_on, note=note)
         _prepare_folder(out, described, fingerprint, resume=going_on)
         return b"resume" if going_on else b""
@@ -349,6 +357,9 @@ def _train_together(
         fitted = group.first(lambda: json.dumps(rewind(out, state, epochs=chosen.epochs, note=note)).encode())
         state.best = json.loads(fitted)
     note(_setting(described))
+    if sharded:
+        shards = Shards(state, group=group, device=device)
+        run, state = dataclasses.replace(run, shards=shards), shards.state
     with contextlib.ExitStack() as layers:
         for part in (state.model, state.average):
             if part is not None:
@@ -389,8 +400,8 @@ def resume(
         out: The run's folder.
         on_event: See `train`.
         note: See `train`.
-        **where: `root`, `device`, `accumulate`, `save_every`, `save_steps`, `keep_every` and `keep_newest` may differ
-            from those of the interrupted run, as may the number of processes.
+        **where: `root`, `device`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every` and `keep_newest`
+            may differ from those of the interrupted run, as may the number of processes.
 
     Returns:
         The finished run.
@@ -616,6 +627,9 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
     """The copy that eval-mode attacks run on, or None where the model or the method does not allow one."""
     if not run.settings.fold or getattr(run.method.attack, "mode", None) != "eval":
         return None
+    if run.shards is not None:
+        run.note("the attack runs on the sharded model itself, which is slower than on a folded copy (--fold)")
+        return None
     half = None if run.precision == torch.float32 else run.precision
     images = as_float(run.train.images.fetch(run.train.indices[:4])).to(run.device)
     try:
@@ -639,7 +653,7 @@ def _train(run: _Run, state: State) -> Result:
                     f"{_said(number)}: saved at the end of epoch {record['epoch']}; {RESUME} {run.out}", number
                 )
         run.group.any(False)  # nobody leaves while the first process is still writing
-    return Result(out=run.out, log=log, best=state.best, model=_evaluated(state))
+    return Result(out=run.out, log=log, best=state.best, model=_evaluated(_whole(run, state) or state))
 
 
 def _out_of_patience(run: _Run, state: State) -> bool:
@@ -674,8 +688,10 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
         run.on_event(StepDone(epoch, step, run.steps, len(rows["loss"]), rows["loss"], rows["correct"].bool()))
         if number := _stop_signal(run, requested):
             raise _interrupted(run, state, number)
-        if run.group.leads and run.saves.due(state):  # all processes hold the same state
-            run.saves.attempt(state)
+        if _everybody_saves(run, run.group.leads and run.saves.due(state)):
+            whole = _whole(run, state)
+            if run.group.leads:
+                run.saves.attempt(whole or state)
 
 
 def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
@@ -723,7 +739,8 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
     if stand_in is not None:
         stand_in.refresh(state.model)
     half = run.precision != torch.float32
-    with torch.autocast(run.device.type, dtype=run.precision if half else torch.bfloat16, enabled=half):
+    usual: Any = {"dtype": run.precision if half else torch.bfloat16, "cache_enabled": run.shards is None}
+    with torch.autocast(run.device.type, enabled=half, **usual):
         computed, remembered = training_step(
             state.model,
             run.method,
@@ -804,14 +821,17 @@ def _finish_epoch(run: _Run, state: State, log: list[dict[str, Any]], requested:
     state.epoch, state.step = epoch + 1, 0
     log.append(record)
 
+    whole = _whole(run, state)
+    weights = evaluated if whole is None else _evaluated(whole)
+
     def write() -> None:
         if better:
-            save(evaluated, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
-        save(evaluated, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
-        keep_weights(evaluated, checkpoints, context, run.settings)
+            save(weights, checkpoints / "best.safetensors", context | {"checkpoint": "best"})
+        save(weights, checkpoints / "last.safetensors", context | {"checkpoint": "last"})
+        keep_weights(weights, checkpoints, context, run.settings)
         state.table.save(run.out / "instances" / f"{kept_name(epoch)}.npz")
         write_log(run.out / "log.jsonl", log)
-        run.saves.write(state)  # last: what a kill leaves unfinished is computed again from the state before
+        run.saves.write(whole or state)  # last: what a kill leaves unfinished is computed again from the state before
 
     if run.group.first(lambda: b"" if run.saves.insist(write, stopped=lambda: bool(requested)) else b"stopped"):
         number = _stop_signal(run, requested)
@@ -832,8 +852,10 @@ def _check_equal(run: _Run, state: State) -> None:
     if run.group.alone:
         return
     digest = hashlib.blake2b(digest_size=7)
-    for tensor in state.model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    sharded = run.shards is not None  # then the parameters differ
+    same: Iterable[Tensor] = state.model.buffers() if sharded else state.model.state_dict().values()
+    for tensor in same:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if not run.group.agree(int.from_bytes(digest.digest(), "big")):
         raise UserError(
             f"the processes hold different weights after epoch {state.epoch}: something in the method or model differs "
@@ -888,25 +910,30 @@ def selection_accuracy(
         attack = PGD(ball, Margin(), steps=SELECTION_STEPS, step_size=ball.radius / 4)
     images = as_float(split.images.fetch(split.indices[:4])).to(device)
     frozen: nn.Module = model
-    with contextlib.suppress(FoldingError):  # the model itself is attacked then
-        frozen = fold(model, images)
+    if not is_sharded(model):
+        with contextlib.suppress(FoldingError):  # the model itself is attacked then
+            frozen = fold(model, images)
     right = safe = 0
-    usual: dict[str, Any] = {"shuffle": False, "drop_last": False, "device": device, "group": group}
-    stream = batches(split, batch_size=500, epoch=0, seed=seed, **usual)
+    usual: dict[str, Any] = {"shuffle": False, "drop_last": False, "device": device}
+    stream = batches(split, batch_size=500, epoch=0, seed=seed, group=ALONE if is_sharded(model) else group, **usual)
     was_training = model.training
     model.eval()
     for number, batch in enumerate(stream):
+        counts = True
+        if is_sharded(model):  # every process makes every pass; a batch too small for all is everybody's, counted once
+            counts = len(batch) >= group.size or group.leads
+            batch = batch.share(group) if len(batch) >= group.size else batch
         with torch.no_grad():
             clean = model(batch.x).argmax(1) == batch.y
-        right += int(clean.sum())
+        right += int(clean.sum()) if counts else 0
         if attack is None:
-            safe += int(clean.sum())
+            safe += int(clean.sum()) if counts else 0
             continue
         draws = generator(seed, step=number, purpose="selection", device=device)
         found = attack(frozen, batch, generator=draws)
         with torch.no_grad():
             final = model(found.x).argmax(1) == batch.y
-        safe += int((clean & final & (found.kappa == found.inspected)).sum())
+        safe += int((clean & final & (found.kappa == found.inspected)).sum()) if counts else 0
     model.train(was_training)
     right, safe = group.total(torch.tensor([right, safe])).tolist()
     return right / len(split), safe / len(split)
@@ -917,12 +944,23 @@ def _stop_signal(run: _Run, requested: list[int]) -> int:
     return run.group.largest(requested[0] if requested else 0)
 
 
+def _everybody_saves(run: _Run, due: bool) -> bool:
+    """Whether it is time to save: of a sharded run, whose processes gather their shards, the first one decides."""
+    return due if run.shards is None else run.group.any(due)
+
+
+def _whole(run: _Run, state: State) -> State | None:
+    """The state as one process would hold it, for files; None in a process that has a shard of it only."""
+    return state if run.shards is None else run.shards.gather()
+
+
 def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
     """Save, and say it."""
     said = f"{_said(number)}: saved at epoch {state.epoch}, step {state.step} of {run.steps}"
+    whole = _whole(run, state)
     try:
         if run.group.leads:
-            run.saves.write(state)
+            run.saves.write(whole or state)
     except WriteError as error:
         said = f"{_said(number)}: {error} The state that was saved before is whole"
     return Interrupted(f"{said}; {RESUME} {run.out}", number)

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.timeout(1200)  # some 300 runs: a minute of one core, a
 SPECIAL = ("ranks within ranks", "gradients aligned and ranked")
 ESTIMATORS = {f"h_sat by {name}": {"estimator": name, "bound": 0.5} for name in ("power", "gauss_newton")}
 NETWORKS = ("group", "batch")
+SHARDED = ("pgd_at", "trades", "at_awp", "trades_awp", "mart_awp", "at_sam", "gairat", "p_sat", "gair_rst", "kd_swa")
+"""What is trained in shards here, from weights in place and stop rules to teachers; `benchmarks/equal_weights.py
+--shard full` trains all that can be."""
 
 
 def _all_cases(teacher: str) -> dict[str, dict[str, Any]]:
@@ -61,6 +64,29 @@ def _all_cases(teacher: str) -> dict[str, dict[str, Any]]:
             settings_ = {"settings": {"epochs": 2}, "norm": "batch", "recipe": name}
             cases[f"{name} by {count}"] = settings_ | more | {"out": f"{name}-by-many", "processes": [count]}
         cases[f"{name} by the same"] = {"recipe": name, "norm": "batch", "settings": {"epochs": 2}, "processes": [1]}
+    for name in (*SHARDED, "averaged"):
+        for norm in ("batch",) if name == "averaged" else NETWORKS if name in ("pgd_at", "trades_awp") else ("group",):
+            one = {"recipe": name, "norm": norm, "arguments": given.get(name, {})}
+            counts = [2, 4] if name in ("averaged", "trades_awp") else [2]
+            cases |= {} if f"{name}, {norm}" in cases else {f"{name}, {norm}": one | {"processes": [1]}}
+            more = {"settings": {"shard": "full"}, "processes": counts}
+            cases[f"{name}, {norm}, in shards"] = one | more
+    cases["pgd_at, group, in shards"]["weigh"] = cases["pgd_at, group"]["weigh"] = True
+    shards = {"shard": "full"}
+    cases["trades_awp in shards and pieces"] = {
+        "recipe": "trades_awp", "norm": "group", "settings": shards | {"accumulate": 2}, "processes": [2],
+    }  # fmt: skip
+    cases["adamw in shards"] = cases["gairat, adamw"] | {
+        "settings": settings["adamw"] | shards, "processes": [2],
+    }  # fmt: skip
+    cases["iseat in shards"] = {"recipe": "iseat", "norm": "group", "settings": shards, "processes": [2]}
+    averaged = {"recipe": "averaged", "norm": "batch"}
+    cases["averaged by the same"] = averaged | {"settings": {"epochs": 2}, "processes": [1]}
+    for count, more in ((4, shards), (2, {}), (1, shards)):  # begun in shards by four, without by two, ended by one
+        ended: dict[str, Any] = {"interrupt": 1 if count == 4 else 2} if count > 1 else {}
+        cases[f"averaged by {count}"] = averaged | ended | {
+            "settings": {"epochs": 2} | more, "processes": [count], "resume": count < 4, "out": "averaged-by-many",
+        }  # fmt: skip
     for part, more in ((1, {"interrupt": 1}), (2, {"resume": True})):  # by two, and by two again
         chosen = {"recipe": "iseat", "norm": "batch", "out": "iseat-by-two", "processes": [2]}
         cases[f"iseat, part {part}"] = chosen | more
@@ -137,13 +163,13 @@ def test_an_attack_in_train_mode_that_stops_early_neither_hangs_nor_differs(trai
         assert _difference(trained / "1" / case, trained / count / case)[0] < LIMIT
     state = load_file(trained / "4" / case / "checkpoints" / "state.safetensors")
     kappa = read_instances(trained / "4" / case / "instances" / "epoch_000.npz")
-    assert state["model.norm1.num_batches_tracked"] > 2, "the attack's forward passes update the statistics"
+    assert state["model.blocks.0.norm.num_batches_tracked"] > 2, "the attack's forward passes update the statistics"
     assert kappa["kappa"].max() > 0
 
 
 def test_frozen_statistics_stay_and_those_of_shares_differ(trained: Path) -> None:
     frozen = load_file(trained / "2" / "gairat, frozen" / "checkpoints" / "state.safetensors")
-    assert not frozen["model.norm1.running_mean"].any()
+    assert not frozen["model.blocks.0.norm.running_mean"].any()
     one, two = (trained / count / "gairat, local" for count in ("1", "2"))
     assert _difference(trained / "1" / "gairat, batch", one)[0] == 0, "one process's share is the whole batch"
     assert _difference(one, two)[0] > 1e-6
@@ -171,6 +197,45 @@ def test_a_curvature_of_the_whole_batch_in_pieces_is_refused_in_one_line(name: s
 @pytest.mark.parametrize("name", ["gairat", "iseat", "free_at"])
 def test_the_number_of_processes_may_change_at_every_resume(name: str, trained: Path) -> None:
     assert _difference(trained / "1" / f"{name} by the same", trained / f"{name}-by-many")[0] < LIMIT
+
+
+@pytest.mark.parametrize("case", [f"{name}, group" for name in SHARDED] + ["trades_awp, batch", "averaged, batch"])
+def test_weights_in_shards_become_those_of_one_process(case: str, trained: Path) -> None:
+    for count in ("2", "4") if case.startswith(("averaged", "trades_awp")) else ("2",):
+        difference, where = _difference(trained / "1" / case, trained / count / f"{case}, in shards")
+        assert difference < LIMIT, (count, where)
+    for kind in ("best", "last"):  # files that know nothing of shards
+        ours, theirs = (
+            load_file(folder / "checkpoints" / f"{kind}.safetensors")
+            for folder in (trained / "2" / f"{case}, in shards", trained / "1" / case)
+        )
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[name].double() - theirs[name]).abs().max()) for name in ours) < LIMIT
+
+
+def test_each_of_two_processes_holds_half_of_weights_gradients_and_momentum(trained: Path) -> None:
+    whole = json.loads((trained / "1" / "pgd_at, group.0.memory").read_text())
+    assert whole["weights"] == whole["gradients"] == whole["momentum"] > 0
+    for rank in (0, 1):
+        half = json.loads((trained / "2" / f"pgd_at, group, in shards.{rank}.memory").read_text())
+        assert half == {kind: count / 2 for kind, count in whole.items()}
+
+
+def test_shards_take_pieces_and_other_optimisers_too(trained: Path) -> None:
+    for case, base in (("trades_awp in shards and pieces", "trades_awp, group"), ("adamw in shards", "gairat, adamw")):
+        difference, where = _difference(trained / "1" / base, trained / "2" / case)
+        assert difference < LIMIT, where
+
+
+def test_a_run_may_be_taken_into_shards_and_out_of_them_at_every_resume(trained: Path) -> None:
+    assert _difference(trained / "1" / "averaged by the same", trained / "averaged-by-many")[0] < LIMIT
+
+
+def test_a_method_that_cannot_be_sharded_says_so_in_one_line_and_writes_nothing(trained: Path) -> None:
+    messages = {(trained / "2" / f"iseat in shards.{rank}.error").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "needs weights with and without AWP at the same time" in messages.pop()
+    assert not (trained / "2" / "iseat in shards").exists()
 
 
 def test_two_processes_resume_bit_for_bit_what_two_processes_began(trained: Path) -> None:

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.fsdp  # once, for all processes that are forked
 from torch import Tensor, nn
 
 import instar.data.resident
 import instar.train
 from instar import (
     AWP,
+    EMA,
     PGD,
     SAM,
     CrossEntropy,
@@ -45,14 +47,28 @@ from instar.methods import RECIPES
 from instar.methods.grad_align import GradientMisalignment
 from instar.models.heads import Cosine
 from instar.parallel import Group, ProcessLost, launched
+from instar.sharding import local
 from instar.train import Event, Interrupted, StepDone, train
 
 # 18 = 5 + 5 + 4 + 4: the shares of four processes are not equal.
 BATCH, STEPS, SELECTED = 18, 2, 7
 
 
+class Block(nn.Module):
+    """A convolution and a norm."""
+
+    def __init__(self, before: int, after: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Smooth, so that a difference in the last digit cannot become a different side of a kink.
+        return nn.functional.softplus(self.norm(self.conv(x)))
+
+
 class Net(nn.Module):
-    """Two convolutions and a head; the norm is BatchNorm, GroupNorm or none."""
+    """Two blocks and a head; the norm is BatchNorm, GroupNorm or none."""
 
     def __init__(self, norm: str, *, cosine: bool) -> None:
         super().__init__()
@@ -61,17 +77,11 @@ class Net(nn.Module):
             "group": lambda width: nn.GroupNorm(2, width),
             "none": lambda _: nn.Identity(),
         }
-        self.conv1 = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-        self.norm1 = norms[norm](4)
-        self.conv2 = nn.Conv2d(4, 6, 3, stride=2, padding=1)
-        self.norm2 = norms[norm](6)
+        self.blocks = nn.Sequential(*(Block(*channels, norms[norm](channels[1])) for channels in ((1, 4), (4, 6))))
         self.head = Cosine(24, 10, scale=8.0) if cosine else nn.Linear(24, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Smooth, so that a difference in the last digit cannot become a different side of a kink.
-        hidden = nn.functional.softplus(self.norm1(self.conv1(x)))
-        hidden = nn.functional.softplus(self.norm2(self.conv2(hidden)))
-        logits: Tensor = self.head(hidden.flatten(1))
+        logits: Tensor = self.head(self.blocks(x).flatten(1))
         return logits
 
 
@@ -97,6 +107,8 @@ def method_of(case: dict[str, Any]) -> Method:
     if name == "gradients aligned and ranked":  # draws random numbers in the loss, in the ascent too
         loss = RankWeight(LossGap("clean")) * CrossEntropy() + 0.2 * GradientMisalignment()
         return replace(pgd_at(steps=3), loss=loss, perturbation=SAM(0.05))
+    if name == "averaged":
+        return replace(RECIPES["trades_awp"](steps=2), average=EMA(0.9, batch_norm="reestimate"))
     if name == "batch statistics in an attack that stops":
         return replace(p_sat(steps=3), attack=PGD(steps=3, mode="train", stop=Exceeds(ProbabilityGap(), -0.05)))
     recipe = RECIPES[name]
@@ -126,7 +138,7 @@ def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(3)  # the others wait for this process, and the launcher has told everybody by then
 
-    with contextlib.suppress(Interrupted), _dying(case, group):
+    with contextlib.suppress(Interrupted), _dying(case, group), _weighed(case, out, group):
         train(
             method,
             out=out / case.get("out", case["name"]),
@@ -155,6 +167,32 @@ def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
         yield
         return
     instar.train.training_step = last_step
+    try:
+        yield
+    finally:
+        instar.train.training_step = step
+
+
+@contextlib.contextmanager
+def _weighed(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
+    """Writes down how many bytes of weights and momentum this process holds between steps."""
+    if not case.get("weigh"):
+        yield
+        return
+    step = instar.train.training_step
+
+    def weighing(model: nn.Module, method: Method, batch: Any, optimizer: Any, **options: Any) -> Any:
+        done = step(model, method, batch, optimizer, **options)
+        held = {
+            "weights": [local(p) for p in model.parameters()],
+            "gradients": [local(p.grad) for p in model.parameters() if p.grad is not None],
+            "momentum": [local(entries["momentum_buffer"]) for entries in optimizer.state.values()],
+        }
+        memory = {kind: sum(t.untyped_storage().nbytes() for t in tensors) for kind, tensors in held.items()}
+        (out / f"{case['name']}.{group.rank}.memory").write_text(json.dumps(memory))
+        return done
+
+    instar.train.training_step = weighing
     try:
         yield
     finally:

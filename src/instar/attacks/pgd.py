@@ -18,6 +18,7 @@ from instar.expression import value
 from instar.models.heads import logit_scale
 from instar.modes import MODES, captured_features, forward_mode, full
 from instar.schedules import Schedule
+from instar.sharding import is_sharded
 from instar.signals import CrossEntropy, Referenced, Signal
 from instar.signals.losses import check_choice
 from instar.threat import Ball, Linf
@@ -145,8 +146,9 @@ class PGD(Attack):
         x, y = batch.x, batch.y
         kappa, inspected, moves = counts(y), counts(y), counts(y)
         active = torch.ones_like(y, dtype=torch.bool)
-        # Processes must make the same forward passes where these exchange something: statistics, or whole-batch values.
-        together = stop is not None and (self.mode != "eval" or stop.coupling > 0)
+        # Processes must make the same forward passes where these exchange something: statistics, whole-batch values, or
+        # weights.
+        together = stop is not None and (self.mode != "eval" or stop.coupling > 0 or is_sharded(model))
         still: Callable[[Tensor], bool] = batch.part.any if together else lambda mask: bool(mask.any())
         needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
         compact = stop is not None and self.may_leave(stop)

@@ -105,6 +105,7 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--save_steps", type=int, default=None, help="optimiser steps between saves, if they differ")
     made.add_argument("--keep_every", type=int, default=None, help="epochs whose weights are kept, if they differ")
     made.add_argument("--keep_newest", type=int, default=None, help="how many of them, if they differ")
+    made.add_argument("--shard", type=str, default=None, help="none or full, if it differs")
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")

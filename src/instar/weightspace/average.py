@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from instar.errors import UserError
 from instar.expression import value
 from instar.schedules import Progress, epoch_of
+from instar.sharding import local, reshard
 from instar.signals.losses import check_choice
 
 BATCH_NORM = ("average", "copy", "reestimate")
@@ -129,8 +130,10 @@ class SWA(Average):
 @torch.no_grad()
 def _move(average: nn.Module, model: nn.Module, share: float, *, buffers: bool) -> None:
     """Move the average by a share of the way; buffers that are not averaged are copied."""
-    ours: list[Tensor] = list(average.parameters())
-    theirs: list[Tensor] = [p.detach() for p in model.parameters()]
+    reshard(average)
+    reshard(model)
+    ours: list[Tensor] = [local(p) for p in average.parameters()]
+    theirs: list[Tensor] = [local(p) for p in model.parameters()]
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         if buffers and a.is_floating_point():
             ours.append(a)

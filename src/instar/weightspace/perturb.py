@@ -12,6 +12,7 @@ from torch import Tensor
 from instar.errors import UserError
 from instar.expression import value
 from instar.schedules import Schedule
+from instar.sharding import norms
 from instar.signals import Signal
 
 Parameters = Mapping[str, Tensor]
@@ -20,7 +21,8 @@ Parameters = Mapping[str, Tensor]
 class Perturbation(abc.ABC):
     """From the weights, and the loss as a function of them, to offsets at which the gradient is taken.
 
-    Perturbed weights exist only as ``functional_call(model, weights + offsets)``: nothing has to be restored.
+    Perturbed weights exist only as ``functional_call(model, weights + offsets)``: nothing has to be restored. Where
+    weights lie in shards (`instar.sharding`), so do the parameters and offsets here; lengths are those of `norms`.
     """
 
     @property
@@ -101,13 +103,13 @@ class AWP(Perturbation):
         """Offsets of the weight tensors; see `Perturbation`."""
         if isinstance(self.gamma, Schedule):
             raise UserError(f"gamma is still the schedule {self.gamma!r}: use method.at(progress) first")
-        offsets = {}
-        for name, gradient in _gradients(parameters, loss_of).items():
-            weight = parameters[name].detach()
-            if weight.ndim >= 2:
-                # 1e-20 as in the official code; a zero gradient then gives a zero offset.
-                offsets[name] = self.gamma * weight.norm() * gradient / (gradient.norm() + 1e-20)
-        return offsets
+        found = {name: g for name, g in _gradients(parameters, loss_of).items() if g.ndim >= 2}
+        lengths = iter(norms([*(parameters[name].detach() for name in found), *found.values()]))
+        of_weights = [self.gamma * next(lengths) for _ in found]
+        # 1e-20 as in the official code; a zero gradient then gives a zero offset.
+        return {
+            name: most * g / (next(lengths) + 1e-20) for (name, g), most in zip(found.items(), of_weights, strict=True)
+        }
 
 
 @value
@@ -152,5 +154,5 @@ class SAM(Perturbation):
         if isinstance(self.rho, Schedule):
             raise UserError(f"rho is still the schedule {self.rho!r}: use method.at(progress) first")
         gradients = _gradients(parameters, loss_of)
-        length = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+        length = torch.linalg.vector_norm(torch.stack(norms(list(gradients.values()))))
         return {name: self.rho * g / (length + 1e-12) for name, g in gradients.items()}
