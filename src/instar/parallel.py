@@ -49,6 +49,8 @@ class Group:
         restarts: How often ``torchrun`` has started the processes of this machine anew, after one of them failed.
         launch: What ``torchrun`` calls the run (``--rdzv-id``), the same after a restart; empty if unknown.
         handle: The process group of ``torch.distributed``; None is its default one.
+        carriers: Kinds of devices whose tensors the process group can exchange; others are copied there and back. Empty
+            means all.
 
     Example:
         >>> alone = Group()
@@ -62,6 +64,7 @@ class Group:
     restarts: int = 0
     launch: str = ""
     handle: Any = None
+    carriers: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a connection has no copies
@@ -96,22 +99,13 @@ class Group:
         """
         if device.type != "cuda" or device.index is not None or self.alone:
             return device
-        if self.local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {self.local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start as "
-                "many processes as GPUs, or train with --device cpu"
-            )
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        return torch.device("cuda", _take_gpu(self.local, self.local + 1))
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over processes, without gradient; equal bit for bit in all of them."""
         if self.alone:
             return tensor
-        summed = tensor.detach().clone()
-        with _together():
-            distributed.all_reduce(summed, group=self.handle)
-        return summed
+        return self._reduced(tensor.detach().clone(), distributed.ReduceOp.SUM)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put the sums over processes in the place of the tensors, in flat buckets.
@@ -123,19 +117,14 @@ class Group:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-            with _together():
-                distributed.all_reduce(flat, group=self.handle)
-            _scatter(flat, bucket)
+            _scatter(self._reduced(flat, distributed.ReduceOp.SUM), bucket)
 
     def equalise(self, tensors: Sequence[Tensor]) -> None:
         """Put the first process's values in the place of everybody's, bit for bit."""
         if self.alone:
             return
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-            with _together():
-                distributed.broadcast(flat, src=0, group=self.handle)
-            _scatter(flat, bucket)
+            _scatter(self._told(torch.cat([tensor.detach().reshape(-1) for tensor in bucket])), bucket)
 
     def gather(self, rows: Tensor, total: int) -> Tensor:
         """The rows (total, ...) of the whole batch from everybody's share, without gradient, in the batch's order.
@@ -154,12 +143,12 @@ class Group:
         # As bytes, so that every type can travel; padded, so that all messages have one length.
         mine = rows.new_zeros(max(counts), *rows.shape[1:])
         mine[: len(rows)] = rows.detach()
-        sent = mine.reshape(-1).view(torch.uint8)
+        sent = self._carried(mine.reshape(-1).view(torch.uint8))
         received = [torch.empty_like(sent) for _ in range(self.size)]
         with _together():
             distributed.all_gather(received, sent, group=self.handle)
         shares = [part.view(rows.dtype).view(mine.shape)[:count] for part, count in zip(received, counts, strict=True)]
-        return torch.cat(shares)
+        return torch.cat(shares).to(rows.device)
 
     def any(self, flag: Tensor | bool) -> bool:
         """Whether the flag of any process is set."""
@@ -169,18 +158,13 @@ class Group:
         """The largest of the processes' numbers; exchanged over the CPU, so that no GPU is waited for."""
         if self.alone:
             return number
-        found = torch.tensor(number)
-        with _together():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.handle)
-        return int(found)
+        return int(self._reduced(torch.tensor(number), distributed.ReduceOp.MAX))
 
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same number."""
         if self.alone:
             return True
-        found = torch.tensor([number, -number])
-        with _together():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.handle)
+        found = self._reduced(torch.tensor([number, -number]), distributed.ReduceOp.MAX)
         return bool(found.sum() == 0)
 
     def first(self, work: Callable[[], bytes]) -> bytes:
@@ -197,17 +181,33 @@ class Group:
                 content = work()
             except UserError as error:
                 content, failed = str(error).encode(), True
-        head = torch.tensor([len(content), failed])
-        with _together():
-            distributed.broadcast(head, src=0, group=self.handle)
-            told = torch.zeros(int(head[0]), dtype=torch.uint8)
-            if self.leads and content:
-                told.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-            distributed.broadcast(told, src=0, group=self.handle)
+        head = self._told(torch.tensor([len(content), failed]))
+        told = torch.zeros(int(head[0]), dtype=torch.uint8)
+        if self.leads and content:
+            told.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        told = self._told(told)
         heard = content if self.leads else told.numpy().tobytes()
         if head[1]:
             raise UserError(heard.decode())
         return heard
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+        carried = self._carried(tensor)
+        with _together():
+            distributed.all_reduce(carried, how, group=self.handle)
+        return carried.to(tensor.device)
+
+    def _told(self, tensor: Tensor) -> Tensor:
+        carried = self._carried(tensor)
+        with _together():
+            distributed.broadcast(carried, src=0, group=self.handle)
+        return carried.to(tensor.device)
+
+    def _carried(self, tensor: Tensor) -> Tensor:
+        """The tensor where it can be exchanged: a group that somebody made for nccl alone takes none of the CPU's."""
+        if not self.carriers or tensor.device.type in self.carriers:
+            return tensor
+        return tensor.to(self.carriers[0])
 
     def same(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are, whose gradient is that of the sum of all processes' losses.
@@ -353,6 +353,68 @@ def leading(environment: Mapping[str, str] | None = None) -> bool:
     return (os.environ if environment is None else environment).get("RANK", "0") == "0"
 
 
+def claim_gpu(environment: Mapping[str, str] | None = None, *, gpus: int | None = None) -> int | None:
+    """Make the GPU of this process the current one, before anything touches the first GPU in its place.
+
+    A process that has touched a GPU keeps half a gigabyte there, for as long as it lives.
+
+    Args:
+        environment: ``torchrun``'s variables ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``; None is the
+            process's own.
+        gpus: GPUs of this machine; None asks PyTorch.
+
+    Returns:
+        Its number on this machine; None for a single process, or where there is no GPU.
+
+    Raises:
+        UserError: There are more processes than GPUs; all of them say so.
+
+    Example:
+        >>> claim_gpu({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, gpus=4)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        instar.errors.UserError: 8 processes of this machine need a GPU each, and it has 4: start torchrun with ...
+        >>> claim_gpu({}, gpus=4) is None
+        True
+    """
+    found = os.environ if environment is None else environment
+    if int(found.get("WORLD_SIZE", 1)) == 1:
+        return None
+    local = int(found.get("LOCAL_RANK", 0))
+    here = int(found.get("LOCAL_WORLD_SIZE", local + 1))
+    count = torch.cuda.device_count() if gpus is None else gpus
+    return _take_gpu(local, here, count) if count else None
+
+
+def _take_gpu(local: int, processes: int, gpus: int | None = None) -> int:
+    count = torch.cuda.device_count() if gpus is None else gpus
+    if processes > count:
+        raise UserError(
+            f"{processes} processes of this machine need a GPU each, and it has {count}: start torchrun with "
+            f"--nproc-per-node {max(count, 1)}, or train with --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return local
+
+
+def backend(device: torch.device) -> str:
+    """What processes exchange tensors through: GPUs through nccl, where this PyTorch has it, and CPUs through gloo.
+
+    Small numbers travel between CPUs in both cases, so that no GPU is waited for.
+
+    Example:
+        >>> backend(torch.device("cpu"))
+        'gloo'
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
+
+
+def _carriers() -> tuple[str, ...]:
+    """The kinds of devices whose tensors the default process group can exchange."""
+    told = str(distributed.get_backend_config())  # "cpu:gloo,cuda:nccl"
+    return tuple(sorted(pair.partition(":")[0] for pair in told.split(",")))
+
+
 @contextlib.contextmanager
 def launched(device: torch.device, environment: Mapping[str, str] | None = None) -> Iterator[Group]:
     """The processes that ``torchrun`` started, for as long as they train together.
@@ -387,7 +449,6 @@ def launched(device: torch.device, environment: Mapping[str, str] | None = None)
         return
     made = not distributed.is_initialized()
     if made:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             from torch.distributed.rendezvous import rendezvous
 
@@ -395,13 +456,20 @@ def launched(device: torch.device, environment: Mapping[str, str] | None = None)
             mine = distributed.PrefixStore(  # type: ignore[attr-defined]
                 f"instar/{_meet(store, rank, size)}", store
             )
-            distributed.init_process_group(backend, store=mine, rank=rank, world_size=size, timeout=PATIENCE)
+            distributed.init_process_group(backend(device), store=mine, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot join the processes that torchrun describes: {reason}") from None
     rank = distributed.get_rank()
     try:
-        yield Group(rank, distributed.get_world_size(), int(found.get("LOCAL_RANK", rank)), restarts, launch)
+        yield Group(
+            rank,
+            distributed.get_world_size(),
+            int(found.get("LOCAL_RANK", rank)),
+            restarts,
+            launch,
+            carriers=_carriers(),
+        )
     finally:
         if made:
             distributed.destroy_process_group()

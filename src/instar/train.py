@@ -65,7 +65,7 @@ from instar.method import Method
 from instar.methods import Recipe
 from instar.models import create, load_foreign, origin, parameter_groups, save
 from instar.models.batch_norm import average_running_statistics, normalised_by
-from instar.parallel import ALONE, Group, launched
+from instar.parallel import ALONE, Group, claim_gpu, launched
 from instar.randomness import generator, key
 from instar.room import check_disk, check_memory, sizes, within_memory
 from instar.runs import read_run
@@ -236,6 +236,8 @@ def train(
     named_data = data if isinstance(data, str) else "custom"
     named_model = model if isinstance(model, str) else None
     chosen = Settings(**{**settings, "data": named_data, "model": named_model})
+    if chosen.device in ("auto", "cuda") and group is None:
+        claim_gpu()
     joined = launched(choose_device(chosen.device)) if group is None else contextlib.nullcontext(group)
     with within_memory(Path(out), chosen), joined as together:
         quiet = not together.leads

@@ -12,14 +12,14 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import instar as I
 from instar.attacks import PGD, Gaussian, Start, Uniform
 from instar.data import AUGMENTATIONS, TrainSplit, augmentation, batches, load
 from instar.method import Step
 from instar.models.batch_norm import normalised_by
-from instar.parallel import ALONE, Group, _meet, launched
+from instar.parallel import ALONE, Group, _carriers, _meet, backend, claim_gpu, launched
 from instar.signals import Signal
 from instar.step import training_step
 from instar.train import _was_restarted, train
@@ -179,6 +179,80 @@ def test_without_a_launcher_there_is_one_process_and_restarts_are_counted() -> N
         assert (group.rank, group.size, group.restarts) == (0, 1, 0)
     with launched(torch.device("cpu"), {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "2"}) as group:
         assert (group.size, group.restarts) == (1, 2)
+
+
+def _launch(local: int, here: int) -> dict[str, str]:
+    return {"WORLD_SIZE": "8", "RANK": str(4 + local), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(here)}
+
+
+def test_each_process_of_a_machine_takes_its_gpu_before_another_one_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [claim_gpu(_launch(local, 4), gpus=4) for local in range(4)] == [0, 1, 2, 3]
+    assert taken == [0, 1, 2, 3]
+    assert claim_gpu({"LOCAL_RANK": "3"}, gpus=4) is None, "a single process takes what PyTorch gives it"
+    assert claim_gpu(_launch(1, 2), gpus=0) is None, "without a GPU there is none to take"
+    assert taken == [0, 1, 2, 3]
+
+
+def test_a_run_takes_its_gpu_first_unless_it_is_to_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order: list[str] = []
+
+    def take(local: int) -> None:
+        order.append(f"take {local}")
+
+    def touch(name: str) -> torch.device:
+        order.append(f"touch {name}")
+        raise I.UserError("far enough")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    monkeypatch.setattr("instar.train.choose_device", touch)
+    for name, value in _launch(1, 2).items():
+        monkeypatch.setenv(name, value)
+    for device in ("cuda", "auto", "cpu"):
+        with pytest.raises(I.UserError, match="far enough"):
+            train("pgd_at", out=tmp_path / "run", device=device)
+    assert order == ["take 1", "touch cuda", "take 1", "touch auto", "touch cpu"]
+
+
+def test_every_process_of_a_machine_with_too_few_gpus_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
+    for local in range(4):
+        with pytest.raises(I.UserError, match="4 processes of this machine need a GPU each, and it has 2") as refused:
+            claim_gpu(_launch(local, 4), gpus=2)
+        assert "--nproc-per-node 2" in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_gpus_exchange_through_nccl_and_numbers_through_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: True)
+    assert backend(torch.device("cuda", 3)) == "cpu:gloo,cuda:nccl"
+    assert backend(torch.device("cpu")) == "gloo"
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: False)
+    assert backend(torch.device("cuda")) == "gloo"
+
+
+def test_what_a_group_cannot_carry_goes_through_a_device_that_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "get_backend_config", lambda: "cuda:nccl")
+    assert _carriers() == ("cuda",)
+    sent: list[Tensor] = []
+
+    def reduce(tensor: Tensor, how: object, group: object) -> None:
+        sent.append(tensor)
+        tensor += 1
+
+    monkeypatch.setattr(distributed, "all_reduce", reduce)
+    # A group for "meta" tensors alone stands in for nccl's: both take none of the CPU's.
+    meta = Group(0, 2, carriers=("meta",))
+    with pytest.raises(NotImplementedError, match="meta"):  # it was carried there, and has no data to come back with
+        meta.total(torch.ones(2))
+    assert sent[0].device.type == "meta"
+    found = Group(0, 2, carriers=("cpu", "cuda")).total(torch.ones(2))
+    assert sent[1].device.type == "cpu"
+    assert torch.equal(found, torch.full((2,), 2.0))
 
 
 def test_more_processes_than_instances_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ class PGD(Attack):
         together = stop is not None and (self.mode != "eval" or stop.coupling > 0 or is_sharded(model))
         still: Callable[[Tensor], bool] = batch.part.any if together else lambda mask: bool(mask.any())
         needs = self.objective.needs | (stop.needs if stop is not None else frozenset())
-        compact = stop is not None and self.may_leave(stop)
+        # Every process makes the same passes through a sharded network, if need be with none but stopped instances.
+        compact = stop is not None and not is_sharded(model) and self.may_leave(stop)
         behind = _Behind()
         with forward_mode(model, self.mode), torch.no_grad():
             clean = full(model(x)) if "clean" in needs else None
