@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(1200)  # some 300 runs: a minute of one core, a
 SPECIAL = ("ranks within ranks", "gradients aligned and ranked")
 ESTIMATORS = {f"h_sat by {name}": {"estimator": name, "bound": 0.5} for name in ("power", "gauss_newton")}
 NETWORKS = ("group", "batch")
-SHARDED = ("pgd_at", "trades", "at_awp", "trades_awp", "mart_awp", "at_sam", "gairat", "p_sat", "gair_rst", "kd_swa")
+SHARDED = ("pgd_at", "trades", "at_awp", "trades_awp", "mart_awp", "at_sam", "gairat", "fat", "gair_rst", "kd_swa")
 """What is trained in shards here, from weights in place and stop rules to teachers; `benchmarks/equal_weights.py
 --shard full` trains all that can be."""
 
