@@ -72,6 +72,8 @@ def _all_cases(teacher: str) -> dict[str, dict[str, Any]]:
             more = {"settings": {"shard": "full"}, "processes": counts}
             cases[f"{name}, {norm}, in shards"] = one | more
     cases["pgd_at, group, in shards"]["weigh"] = cases["pgd_at, group"]["weigh"] = True
+    for name in ("pgd_at, group", "trades, batch", "trades_awp, group"):
+        cases[name]["count"] = True
     shards = {"shard": "full"}
     cases["trades_awp in shards and pieces"] = {
         "recipe": "trades_awp", "norm": "group", "settings": shards | {"accumulate": 2}, "processes": [2],
@@ -142,6 +144,26 @@ def test_one_two_and_four_processes_train_the_same_network(name: str, norm: str,
         assert difference < LIMIT, (count, where)
     seen = read_instances(trained / "4" / case / "instances" / "epoch_000.npz")["seen"]
     assert (seen == 0).sum() == 36, "every process's rows are in the table"
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("trades_awp", "trades"),
+        ("at_sam", "pgd_at"),
+        ("p_sat", "pgd_at"),
+        ("h_sat", "pgd_at"),
+        ("dynamic_at", "pgd_at"),
+        ("fgsm_sat", "fgsm_at"),
+        ("gairat", "pgd_at"),
+        ("mail_trades", "trades"),
+        ("fat", "pgd_at"),
+    ],
+)
+def test_what_is_compared_is_the_method_and_not_its_limit(name: str, limit: str, trained: Path) -> None:
+    runs = [load_file(trained / "1" / f"{who}, group" / "checkpoints" / "state.safetensors") for who in (name, limit)]
+    weights = "model.blocks.0.conv.weight"
+    assert float((runs[0][weights] - runs[1][weights]).abs().max()) > 1e-7
 
 
 @pytest.mark.parametrize("case", [f"{name}, group" for name in ESTIMATORS])
@@ -219,6 +241,21 @@ def test_each_of_two_processes_holds_half_of_weights_gradients_and_momentum(trai
     for rank in (0, 1):
         half = json.loads((trained / "2" / f"pgd_at, group, in shards.{rank}.memory").read_text())
         assert half == {kind: count / 2 for kind, count in whole.items()}
+
+
+def test_a_step_exchanges_the_gradients_once_in_one_message_the_rows_in_one_and_a_number(trained: Path) -> None:
+    weights = json.loads((trained / "1" / "pgd_at, group.0.memory").read_text())["weights"]
+    rows, number = ["all_gather", 9 * 5 * 8], ["all_reduce", 8]  # index, seen, kappa, loss, correct of nine instances
+    found = {
+        name: json.loads((trained / "2" / f"{name}.0.messages").read_text())
+        for name in ("pgd_at, group", "trades, batch", "trades_awp, group")
+    }
+    assert found["pgd_at, group"] == [["all_reduce", weights], rows, number], "the attack exchanges nothing"
+    assert found["trades_awp, group"] == [["all_reduce", weights + 8], ["all_reduce", weights], rows, number]
+    # Two layers of 4 and 6 channels, clean and adversarial, forward and backward: three numbers a channel and process.
+    statistics = found["trades, batch"][:-3]
+    assert sorted(statistics) == [["all_reduce", 2 * 3 * 8 * width] for width in (4, 6) for _ in range(4)]
+    assert found["trades, batch"][-3:] == [["all_reduce", weights], rows, number]
 
 
 def test_shards_take_pieces_and_other_optimisers_too(trained: Path) -> None:

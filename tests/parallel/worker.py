@@ -53,6 +53,16 @@ from instar.train import Event, Interrupted, StepDone, train
 # 18 = 5 + 5 + 4 + 4: the shares of four processes are not equal.
 BATCH, STEPS, SELECTED = 18, 2, 7
 
+ACTING: dict[str, dict[str, Any]] = {
+    "trades_awp": {"gamma": 5e-3},
+    "iseat": {"smoothness": 0.3},
+    "p_sat": {"bound": 0.12},
+    "h_sat": {"bound": 0.38},
+    "fgsm_sat": {"bound": 0.12},
+    "dynamic_at": {"bound": 0.1},
+}
+"""Numbers with which a method does its part from the first step on, and to some instances of an untrained network."""
+
 
 class Block(nn.Module):
     """A convolution and a norm."""
@@ -98,7 +108,7 @@ def images() -> ResidentImages:
 
 
 def method_of(case: dict[str, Any]) -> Method:
-    """The method of a case; attacks are short, and burn-ins are over."""
+    """The method of a case; attacks are short, burn-ins are over, and schedules have begun."""
     name, arguments = case["recipe"], case.get("arguments", {})
     if name == "ranks within ranks":  # one whole-batch weight inside another, ascended too, and remembered
         ranks = RankWeight(GeometryWeight(-1.0) * LossGap("clean"))
@@ -114,7 +124,7 @@ def method_of(case: dict[str, Any]) -> Method:
     recipe = RECIPES[name]
     accepted = recipe.__kwdefaults__ or {}
     short: dict[str, Any] = {name: item for name, item in (("steps", 3), ("burn_in", 0)) if name in accepted}
-    return recipe(**(short | arguments))
+    return recipe(**(short | ACTING.get(name, {}) | arguments))
 
 
 def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
@@ -138,7 +148,7 @@ def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(3)  # the others wait for this process, and the launcher has told everybody by then
 
-    with contextlib.suppress(Interrupted), _dying(case, group), _weighed(case, out, group):
+    with contextlib.suppress(Interrupted), _dying(case, group), _weighed(case, out, group), _counted(case, out, group):
         train(
             method,
             out=out / case.get("out", case["name"]),
@@ -188,7 +198,9 @@ def _weighed(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
             "gradients": [local(p.grad) for p in model.parameters() if p.grad is not None],
             "momentum": [local(entries["momentum_buffer"]) for entries in optimizer.state.values()],
         }
-        memory = {kind: sum(t.untyped_storage().nbytes() for t in tensors) for kind, tensors in held.items()}
+        # By storage, which tensors may share, and which may hold more than they show.
+        stored = {kind: {t.untyped_storage().data_ptr(): t.untyped_storage() for t in ts} for kind, ts in held.items()}
+        memory = {kind: sum(storage.nbytes() for storage in one.values()) for kind, one in stored.items()}
         (out / f"{case['name']}.{group.rank}.memory").write_text(json.dumps(memory))
         return done
 
@@ -197,6 +209,42 @@ def _weighed(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
         yield
     finally:
         instar.train.training_step = step
+
+
+@contextlib.contextmanager
+def _counted(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
+    """Writes down the messages from the beginning of the first step to that of the second one: kind and bytes."""
+    if not case.get("count"):
+        yield
+        return
+    step, messages, begun = instar.train.training_step, [], []
+
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        begun.append(len(messages))
+        return step(*arguments, **options)
+
+    def counting(kind: str, send: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            tensor = next(
+                item for item in reversed(arguments) if isinstance(item, Tensor)
+            )  # what is gathered comes last
+            messages.append([kind, tensor.numel() * tensor.element_size()])
+            return send(*arguments, **options)
+
+        return counted
+
+    kinds = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+    sends = {kind: getattr(torch.distributed, kind) for kind in kinds}
+    instar.train.training_step = stepping
+    for kind, send in sends.items():
+        setattr(torch.distributed, kind, counting(kind, send))
+    try:
+        yield
+    finally:
+        instar.train.training_step = step
+        for kind, send in sends.items():
+            setattr(torch.distributed, kind, send)
+    (out / f"{case['name']}.{group.rank}.messages").write_text(json.dumps(messages[begun[0] : begun[1]]))
 
 
 def prepare() -> None:
