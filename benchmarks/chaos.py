@@ -259,14 +259,14 @@ class Disk:
 
 
 @contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Disk]:
-    """A disk in memory, if this program may mount one."""
+def small_disk(place: Path, *, limit: bool) -> Iterator[Disk]:
+    """A disk in memory, if this program may mount one and is not told to limit files instead."""
     place.mkdir(parents=True, exist_ok=True)
     if os.path.ismount(place):  # of an earlier attempt that was killed
         subprocess.run(["umount", str(place)], check=False, capture_output=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)]
     try:
-        mounted = subprocess.run(command, check=False, capture_output=True).returncode == 0
+        mounted = not limit and subprocess.run(command, check=False, capture_output=True).returncode == 0
     except FileNotFoundError:
         mounted = False
     try:
@@ -515,6 +515,7 @@ def main() -> int:
     given.add_argument("--only", default=",".join([*METHODS, "evaluate"]), help="methods, and evaluate")
     given.add_argument("--most", type=int, default=MOST, help="moments in a round")
     given.add_argument("--torchrun", action="store_true", help="rounds of torchrun itself too, which are slow")
+    given.add_argument("--limit", action="store_true", help="mount no small disk: limit the size of files instead")
     given.add_argument("--work", type=Path, default=Path("build/chaos"), help="where undisturbed runs are kept")
     given.add_argument("--out", type=Path, default=None, help="folder of chaos.json and README.md")
     told = given.parse_args()
@@ -523,7 +524,7 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     kept = told.work / "rounds.jsonl"
-    with small_disk(told.work.absolute() / "small") as disk:
+    with small_disk(told.work.absolute() / "small", limit=told.limit) as disk:
         chaos = Chaos(told.work.absolute(), disk, told.seed)
         begun = time.monotonic()
         number, spent = 0, 0.0
@@ -608,12 +609,12 @@ def _page(found: dict[str, Any]) -> str:
         "## What failed",
         "\n".join(f"- {failure}" for failure in found["failures"]) or "None.",
         "## How it was made",
-        f"`python benchmarks/chaos.py --moments {len(moments)} --torchrun --seed {found['seed']}`: {found['rounds']} "
+        f"`python benchmarks/chaos.py --moments {len(moments)} --seed {found['seed']}`: {found['rounds']} "
         f"rounds in {found['seconds'] // 60} minutes on {hardware['cores']} core of {hardware['machine']}, shared with "
         f"other work (load {hardware['load']:.0f}); gloo on the CPU. Instar {versions['instar']}, PyTorch "
         f"{versions['torch']}, NumPy {versions['numpy']}, Python {versions['python']}, {versions['system']}. Each "
         "moment is in [chaos.json](chaos.json). Processes are forked from one that has imported PyTorch, with the "
-        "variables of `torchrun`; those in the rows of `torchrun` were started, and restarted, by it. Random moments "
+        "variables of `torchrun`; `--torchrun` adds rows of `torchrun` itself. Random moments "
         "are drawn from the seed, but what a process is doing at a moment depends on the machine: another run hits "
         "other places. A shorter form runs in the tests.",
     ]

@@ -19,20 +19,21 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # seconds on an idle machine; what it waits for are processes that share it
 def test_runs_that_are_disturbed_at_random_moments_end_with_the_bytes_of_undisturbed_ones(tmp_path: Path) -> None:
-    words = ["--moments", "4", "--only", "gairat,evaluate", "--processes", "1", "--most", "3", "--work", str(tmp_path)]
+    words = ["--limit", "--moments", "3", "--only", "gairat", "--processes", "1", "--work", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), *words, "--out", str(tmp_path / "found")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=290,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 of 4 moments in rounds that ended equal; 0 failures" in done.stdout
-    assert len(re.findall(r"^moment \d: (?:gairat|evaluate), 1: .* after", done.stdout, re.MULTILINE)) == 4
-    assert "**4 of 4 moments ended so.**" in (tmp_path / "found" / "README.md").read_text()
+    assert "3 of 3 moments in rounds that ended equal; 0 failures" in done.stdout
+    assert len(re.findall(r"^moment \d: gairat, 1: .* after", done.stdout, re.MULTILINE)) == 3
+    assert "**3 of 3 moments ended so.**" in (tmp_path / "found" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
