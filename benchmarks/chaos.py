@@ -610,7 +610,7 @@ def _page(found: dict[str, Any]) -> str:
         "\n".join(f"- {failure}" for failure in found["failures"]) or "None.",
         "## How it was made",
         f"`python benchmarks/chaos.py --moments {len(moments)} --seed {found['seed']}`: {found['rounds']} "
-        f"rounds in {found['seconds'] // 60} minutes on {hardware['cores']} core of {hardware['machine']}, shared with "
+        f"rounds in {found['seconds'] // 60} minutes on {hardware['cores']} cores of {hardware['machine']}, shared with "
         f"other work (load {hardware['load']:.0f}); gloo on the CPU. Instar {versions['instar']}, PyTorch "
         f"{versions['torch']}, NumPy {versions['numpy']}, Python {versions['python']}, {versions['system']}. Each "
         "moment is in [chaos.json](chaos.json). Processes are forked from one that has imported PyTorch, with the "
@@ -619,7 +619,7 @@ def _page(found: dict[str, Any]) -> str:
         "other places. A shorter form runs in the tests.",
     ]
     filled = [part if part[0] in "|*#-" and "\n" in part else textwrap.fill(part, 120) for part in parts]
-    return "\n\n".join(filled).replace("\n\n- ", "\n- ") + "\n"
+    return "\n\n".join(filled).replace("\n\n- *full", "\n- *full").replace("\n\n- *cut", "\n- *cut") + "\n"
 
 
 if __name__ == "__main__":
