@@ -610,8 +610,8 @@ def _page(found: dict[str, Any]) -> str:
         "\n".join(f"- {failure}" for failure in found["failures"]) or "None.",
         "## How it was made",
         f"`python benchmarks/chaos.py --moments {len(moments)} --seed {found['seed']}`: {found['rounds']} "
-        f"rounds in {found['seconds'] // 60} minutes on {hardware['cores']} cores of {hardware['machine']}, shared with "
-        f"other work (load {hardware['load']:.0f}); gloo on the CPU. Instar {versions['instar']}, PyTorch "
+        f"rounds in {found['seconds'] // 60} minutes on {hardware['cores']} cores of {hardware['machine']}, shared "
+        f"with other work (load {hardware['load']:.0f}); gloo on the CPU. Instar {versions['instar']}, PyTorch "
         f"{versions['torch']}, NumPy {versions['numpy']}, Python {versions['python']}, {versions['system']}. Each "
         "moment is in [chaos.json](chaos.json). Processes are forked from one that has imported PyTorch, with the "
         "variables of `torchrun`; `--torchrun` adds rows of `torchrun` itself. Random moments "
