@@ -14,6 +14,7 @@ from instar.errors import UserError
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.diagnosis import FallingLoss, VanishingGradient
 from instar.evaluate.entries import ONCE_WRONG, Entry, Suite, descent, fgsm, margin_pgd, pgd, spread
+from instar.evaluate.mechanism import Mechanism
 from instar.expression import number
 from instar.signals import CrossEntropy, Margin, Scaled
 from instar.threat import Ball, Linf
@@ -242,7 +243,7 @@ def with_twin(suite: Suite, twin: Path | None, ball: Ball) -> Suite:
 
 
 def diagnoses(ball: Ball, *, steps: int = 20) -> tuple[Entry, ...]:
-    """What gradients do: zero ones for either loss, and losses that do not rise along an attack.
+    """What gradients do: zero ones for either loss, losses that do not rise along an attack, margins and difficulty.
 
     Args:
         ball: The threat model.
@@ -263,4 +264,10 @@ def diagnoses(ball: Ball, *, steps: int = 20) -> tuple[Entry, ...]:
         )
         for word, title, objective in pairs
     )
-    return (*zero, Entry("falling_loss", "loss rises", FallingLoss(watched), counts=False, role="falling loss"))
+    # Of the budget of training, whose criteria it measures.
+    told = Mechanism(PGD(spread(ball, ball.radius / 4), steps=min(10, steps), step_size=ball.radius / 4))
+    return (
+        *zero,
+        Entry("falling_loss", "loss rises", FallingLoss(watched), counts=False, role="falling loss"),
+        Entry("mechanism", "margins and difficulty", told, counts=False, everyone=True, role="mechanism"),
+    )

@@ -25,6 +25,7 @@ ROLES = frozenset(
         "falling loss",
         "gradient",
         "margin",
+        "mechanism",
         "many steps",
         "noise",
         "other",
@@ -36,7 +37,7 @@ ROLES = frozenset(
         "zero gradient",
     }
 )
-DIAGNOSES = frozenset({"falling loss", "zero gradient"})
+DIAGNOSES = frozenset({"falling loss", "mechanism", "zero gradient"})
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,15 @@ class Entry:
 
     def __post_init__(self) -> None:
         """Check the name and what it is run on."""
-        if not self.name.isidentifier() or self.name in RESERVED or self.name.endswith("_by"):
+        if (
+            not self.name.isidentifier()
+            or self.name in RESERVED
+            or self.name.endswith("_by")
+            or self.name.startswith("mechanism_")
+        ):
             raise UserError(
-                f"a column's name must be a word of letters, digits and _, and none of {', '.join(sorted(RESERVED))}; "
-                f"got {self.name!r}"
+                f"a column's name must be a word of letters, digits and _, and none of {', '.join(sorted(RESERVED))} "
+                f"or mechanism_...; got {self.name!r}"
             )
         if self.everyone and (self.counts or isinstance(self.attack, AutoAttack)):
             raise UserError(f"{self.name} attacks points that were wrong before, so it cannot count in the worst case")

@@ -15,7 +15,8 @@ from instar.attacks import PGD, Attack
 from instar.evaluate import compaction
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.judging import Verdict, judged
-from instar.evaluate.shards import Keep, Outcome, Shard, keep_nothing
+from instar.evaluate.mechanism import Mechanism
+from instar.evaluate.shards import MEASURED, Keep, Outcome, Shard, keep_nothing, measured_in
 from instar.evaluate.subject import Subject
 from instar.evidence import Batch
 from instar.randomness import generator, key
@@ -71,12 +72,18 @@ def examine(
     none = np.full(len(shard), -1, np.int8)
     if stored is not None:
         return Outcome(
-            stored["robust"].astype(bool), none, seconds=float(stored["seconds"]), reused=True, margin=stored["margin"]
+            stored["robust"].astype(bool),
+            none,
+            seconds=float(stored["seconds"]),
+            reused=True,
+            margin=stored["margin"],
+            measured=measured_in(stored),
         )
     begun = time.perf_counter()
     robust, margin = np.zeros(len(shard), dtype=bool), np.full(len(shard), np.nan, np.float32)
     standing = (torch.ones_like(shard.correct) if everyone else shard.correct).nonzero().flatten()
     batches = standing.split(batch_size) if len(standing) else ()  # nothing, split, is one batch of nothing
+    measured: dict[str, np.ndarray] = {}
     for done, rows in enumerate(batches, start=1):
         place, purpose = int(shard.index[rows[0]]), f"evaluate {attack!r}"
         draws = generator(seed, step=place, purpose=purpose, device=subject.device)
@@ -84,8 +91,14 @@ def examine(
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
             # A model that draws numbers itself draws the same ones again after a kill and in another process.
             torch.manual_seed(key(seed, step=place, purpose=purpose))
-            found, verdict, unbroken = attacked(attack, subject, batch, draws, search=search)
+            if isinstance(attack, Mechanism):
+                found, verdict, unbroken, columns = _measured(attack, subject, batch, draws)
+            else:
+                found, verdict, unbroken = attacked(attack, subject, batch, draws, search=search)
+                columns = {}
         at = rows.cpu().numpy()
+        for name, column in columns.items():
+            measured.setdefault(name, np.full(len(shard), np.nan, np.float32))[at] = column.cpu().numpy()
         stands = verdict.right & unbroken
         robust[at] = stands.cpu().numpy()
         # An attack that goes on after a misclassified iterate may end at an image that is classified correctly.
@@ -94,8 +107,9 @@ def examine(
             keep(0, done, at[~verdict.right.cpu().numpy()], found[~verdict.right])
         tick(done / len(batches), int(robust.sum()))
     seconds = time.perf_counter() - begun
-    save({"robust": robust.astype(np.uint8), "margin": margin, "seconds": np.array(seconds)})
-    return Outcome(robust, none, seconds=seconds, margin=margin)
+    further = {f"{MEASURED}{name}": column for name, column in measured.items()}
+    save({"robust": robust.astype(np.uint8), "margin": margin, "seconds": np.array(seconds), **further})
+    return Outcome(robust, none, seconds=seconds, margin=margin, measured=measured)
 
 
 def withstands(attack: Attack, subject: Subject, batch: Batch, draws: torch.Generator | None) -> Tensor:
@@ -142,6 +156,15 @@ def attacked(
         found[doubtful] = again
         verdict = verdict.replaced(doubtful, their_verdict)
     return found, verdict, unbroken
+
+
+def _measured(
+    attack: Mechanism, subject: Subject, batch: Batch, draws: torch.Generator | None
+) -> tuple[Tensor, Verdict, Tensor, dict[str, Tensor]]:
+    """As `attacked`, with what the model itself says of both ends; nothing stops, so nothing has to be confirmed."""
+    found = attack(subject.stand_in, batch, generator=draws)
+    columns = attack.measure(subject.model, batch, found)
+    return found.x, judged(subject, found.x, batch.y), found.kappa == found.inspected, columns
 
 
 def _attempt(

@@ -6,7 +6,8 @@
 each attack (1: withstood it), ``adv_margin`` (the smallest margin of the images that attacks returned, the clean one
 included: below 0 where a point is broken, and else how near they came), ``worst_case`` (1: withstood all), and
 ``broken_by`` (the first column that broke it, ``"clean"`` for a wrong clean prediction, or ``""``); AutoAttack adds
-``autoattack_by``, the stage that broke it.
+``autoattack_by``, the stage that broke it; `sanity` and `adaptive` add float32 columns ``mechanism_*`` (see
+`instar.evaluate.mechanism`), from which the field ``mechanism`` of the JSON follows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from instar.arrays import Arrays, pack, read_arrays
 from instar.errors import UserError
+from instar.evaluate import mechanism
 from instar.evaluate.intervals import wilson
 from instar.evaluate.sanity import Finding
 from instar.evaluate.shards import make_folder
@@ -105,6 +107,17 @@ class Record:
         return self.verdict.word != SOUND
 
     @property
+    def diagnoses(self) -> frozenset[str]:
+        """The columns that say something about gradients and are no accuracies."""
+        attacks = self.protocol.get("attacks", {})
+        return frozenset(name for name, attack in attacks.items() if attack.get("diagnosis") is True)
+
+    @property
+    def has_mechanism(self) -> bool:
+        """Whether margins and difficulties of every image were measured, as the suites sanity and adaptive do."""
+        return mechanism.measured(self.instances)
+
+    @property
     def verdict(self) -> Verdict:
         """What the findings come to: sound, suspect or overestimated."""
         return conclude(self.findings)
@@ -128,6 +141,7 @@ class Record:
             "results": {name: score.to_json() for name, score in self.scores.items()},
             "verdict": self.verdict.to_json(),
             "findings": [asdict(finding) for finding in self.findings],
+            **({"mechanism": mechanism.summary(self.instances, self.protocol)} if self.has_mechanism else {}),
             "run": dict(self.run),
         }
 

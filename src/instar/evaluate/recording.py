@@ -18,6 +18,7 @@ from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import Conditions
 from instar.evaluate.examine import budget
 from instar.evaluate.finding import SUSPECT, Finding
+from instar.evaluate.mechanism import PREFIX
 from instar.evaluate.record import Record, Score
 from instar.evaluate.sanity import findings
 from instar.evaluate.shards import Outcome
@@ -71,6 +72,7 @@ def recorded(
         if outcome.stages:
             names = np.array([*outcome.stages, ""], dtype="U32")  # −1, for none, picks the last
             columns[f"{entry.name}_by"] = names[outcome.broken_by]
+        columns |= {f"{PREFIX}{name}": column for name, column in outcome.measured.items()}
     scores["worst_case"] = Score("worst case", int(worst.sum()), count)
     instances: Arrays = {
         "index": clean.index,

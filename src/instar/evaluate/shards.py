@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from instar.storage import write_atomically
 
 Keep = Callable[[int, int, np.ndarray, Tensor], None]
 """Takes examples that broke points: stage, position within the stage, rows of the shard (m,), images (m, C, H, W)."""
+
+
+MEASURED = "measured."
+"""What the names of further columns begin with, in files and between processes."""
 
 
 def keep_nothing(stage: int, position: int, rows: np.ndarray, images: Tensor) -> None:
@@ -70,6 +74,7 @@ class Outcome:
         margin: Smallest z_y − max_{j≠y} z_j of the images that the attack returned (n,), in logits: below 0 where it
             broke the point (0 if it left the misclassified image again), NaN where it was not attacked. None if nobody
             measured it.
+        measured: Further columns (n,) of a `Mechanism`, by name.
     """
 
     robust: np.ndarray
@@ -79,6 +84,7 @@ class Outcome:
     seconds: float = 0.0
     reused: bool = False
     margin: np.ndarray | None = None
+    measured: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_arrays(self) -> Arrays:
         """The outcome as plain arrays, for another process."""
@@ -90,6 +96,7 @@ class Outcome:
             "seconds": np.array(self.seconds),
             "reused": np.array(self.reused),
             **({} if self.margin is None else {"margin": self.margin}),
+            **{f"{MEASURED}{name}": column for name, column in self.measured.items()},
         }
 
     @classmethod
@@ -103,6 +110,7 @@ class Outcome:
             seconds=float(arrays["seconds"]),
             reused=bool(arrays["reused"]),
             margin=arrays.get("margin"),
+            measured=measured_in(arrays),
         )
 
     @classmethod
@@ -117,7 +125,18 @@ class Outcome:
             seconds=sum(part.seconds for part in parts),
             reused=all(part.reused for part in parts),
             margin=np.concatenate(margins) if len(margins) == len(parts) else None,
+            measured={name: np.concatenate([part.measured[name] for part in parts]) for name in parts[0].measured},
         )
+
+
+def measured_in(arrays: Arrays) -> Arrays:
+    """The columns that a `Mechanism` measured, among the arrays of a result.
+
+    Example:
+        >>> measured_in({"robust": np.ones(1), "measured.kappa": np.array([3])})
+        {'kappa': array([3])}
+    """
+    return {name.removeprefix(MEASURED): array for name, array in arrays.items() if name.startswith(MEASURED)}
 
 
 def fetch(split: Split, *, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, str]:

@@ -31,7 +31,7 @@ def rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         raise UserError("there is no record to show")
     names: list[str] = []
     for record in records:
-        hidden = {"worst_case", *_marked(record, "diagnosis", True)}
+        hidden = {"worst_case", *record.diagnoses}
         names += [name for name in record.scores if name not in {*names, *hidden} and not beyond.is_cell(name)]
     titles = {name: score.title for record in records for name, score in record.scores.items()}
     found = [(titles[name], [_cell(record.scores.get(name)) for record in records]) for name in [*names, "worst_case"]]
@@ -88,9 +88,8 @@ def caption(records: Sequence[Record]) -> list[str]:
             continue
         lines.append(f"{name}: {checkpoint['rule']}{epoch}.")
         lines += [f"{name}, {f.verdict}: {f.text}." for f in record.findings if f.verdict != "normal"]
-        hidden = _marked(record, "diagnosis", True)
         outside = (column for column in _marked(record, "counts", False) if not beyond.is_cell(column))
-        beside = [record.scores[column].title for column in outside if column not in hidden]
+        beside = [record.scores[column].title for column in outside if column not in record.diagnoses]
         if beside:
             lines.append(f"{name}: not in the worst case, because outside of the threat model: {', '.join(beside)}.")
         if record.run.get("reused"):

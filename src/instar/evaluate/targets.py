@@ -154,7 +154,6 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
     }
     out = folder / "evaluations" if wishes.out is None else Path(wishes.out)
     training = {key: run.get(key) for key in ("recipe", "method", "precision", "versions")} | {"data": _used(run)}
-    training["epochs"] = (run.get("training") or {}).get("epochs")
     state = online_of(folder)
     cases = []
     for name, file in present.items():

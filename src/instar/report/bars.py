@@ -110,8 +110,15 @@ def _listed(words: Any) -> str:
 
 
 def _columns(records: Sequence[Record]) -> dict[str, str]:
-    """Name and title of each group of bars: clean, the attacks in order, the worst case where AutoAttack is missing."""
-    found = {name: score.title for record in records for name, score in record.scores.items() if name != "worst_case"}
+    """Name and title of each group of bars: clean, the attacks in order, the worst case where AutoAttack is missing.
+
+    Diagnoses are no accuracies, and the radii of a sweep are points of a curve.
+    """
+    found: dict[str, str] = {}
+    for record in records:
+        left_out = {"worst_case", *record.diagnoses}
+        left_out |= {name for name in record.scores if name.startswith("eps_") and record.suite != "eps_sweep"}
+        found |= {name: score.title for name, score in record.scores.items() if name not in left_out}
     if "autoattack" not in found:
         found["worst_case"] = records[0].scores["worst_case"].title
     return found

@@ -9,6 +9,7 @@ from instar.report.bars import evaluation_bars
 from instar.report.contact import gallery
 from instar.report.curves import instance_curves, learning_curves
 from instar.report.geometry import survival
+from instar.report.mechanism import mechanism_figure
 from instar.report.pictures import compare_pictures, write_pictures
 from instar.report.ridges import unevenness
 
@@ -18,6 +19,7 @@ __all__ = [
     "gallery",
     "instance_curves",
     "learning_curves",
+    "mechanism_figure",
     "survival",
     "unevenness",
     "write_pictures",

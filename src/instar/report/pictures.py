@@ -16,6 +16,7 @@ from instar.report.bars import evaluation_bars
 from instar.report.contact import gallery
 from instar.report.curves import instance_curves, learning_curves
 from instar.report.geometry import survival
+from instar.report.mechanism import MOST, mechanism_figure
 from instar.report.ridges import unevenness
 from instar.report.stored import StoredRun, UnavailableError, names, read, read_all, read_evaluation
 from instar.report.style import write_png
@@ -38,7 +39,7 @@ def write_pictures(
 
     Returns:
         The files: ``learning_curves.png``, ``survival.png``, ``unevenness.png``, ``gallery.png``, and
-        ``evaluation-<suite>.png``, as far as they could be made.
+        ``evaluation-<suite>.png`` and ``mechanism-evaluation-<suite>.png``, as far as they could be made.
 
     Raises:
         UserError: The folder holds no run or nothing that can be drawn yet, a file is damaged, or the disk is full or
@@ -111,7 +112,22 @@ def evaluation_plan(runs: Sequence[StoredRun]) -> Plan:
     for name, members in groups.items():
         labels, records = zip(*members, strict=True)
         plan.append((f"{name}.png", partial(evaluation_bars, records, labels=labels)))
+        plan += [(f"mechanism-{name}.png", drawn) for drawn in mechanism_plan(members)]
     return plan
+
+
+def mechanism_plan(members: Sequence[tuple[str, Record]]) -> list[Callable[[], Figure]]:
+    """The picture of margins and difficulties of those evaluations that measured them; none where none did.
+
+    Args:
+        members: Names of runs and their records.
+
+    Returns:
+        At most one function that draws.
+    """
+    shown = [(name, record) for name, record in members if record.has_mechanism][:MOST]
+    labels = [f"{name} ({record.checkpoint})" for name, record in shown]
+    return [partial(mechanism_figure, [record for _, record in shown], labels=labels)] if shown else []
 
 
 def evaluation_groups(

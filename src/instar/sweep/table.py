@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from instar.errors import UserError
-from instar.evaluate import Record
 from instar.storage import write_atomically
 from instar.sweep.plan import Member
 from instar.sweep.state import State, look, status
@@ -63,7 +62,7 @@ def _rows(member: Member) -> list[Row]:
         values, titles = _held_out(state, checkpoint)
         record = state.records.get(checkpoint)
         if record is not None:
-            shown = {name: score for name, score in record.scores.items() if not _is_diagnosis(record, name)}
+            shown = {name: score for name, score in record.scores.items() if name not in record.diagnoses}
             values |= {name: score.accuracy for name, score in shown.items()}
             titles |= {name: score.title for name, score in shown.items()}
         verdict = "" if record is None else record.verdict.word
@@ -78,10 +77,6 @@ def _held_out(state: State, checkpoint: str) -> tuple[dict[str, float], dict[str
     # max() keeps the first of equals, as training does.
     line = state.lines[-1] if checkpoint == "last" else max(state.lines, key=lambda entry: entry["selection_robust"])
     return {name: float(line[name]) for name in HELD_OUT}, dict(HELD_OUT)
-
-
-def _is_diagnosis(record: Record, name: str) -> bool:
-    return bool(record.protocol.get("attacks", {}).get(name, {}).get("diagnosis"))
 
 
 def columns(found: Sequence[Row]) -> dict[str, str]:

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 from instar.errors import UserError
+from instar.evaluate.mechanism import CRITERIA, quintiles
 from instar.evaluate.record import Record
 from instar.report.bars import evaluation_bars
 from instar.report.page.numbers import Numbers
 from instar.report.page.summary import interval, preferred, protocol_line
 from instar.report.page.views import Cell, EvaluationView, Picture, picture
+from instar.report.pictures import mechanism_plan
 
 Members = Sequence[tuple[str, Record]]
 
@@ -32,18 +34,22 @@ def evaluation_view(key: str, members: Members, colours: Mapping[str, str]) -> E
     first = records[0].protocol
     names: list[str] = []
     for record in records:
-        names += [name for name in record.scores if name not in names and name != "worst_case"]
+        hidden = {"worst_case", *record.diagnoses}
+        names += [name for name in record.scores if name not in {*names, *hidden}]
     titles = {name: score.title for record in records for name, score in record.scores.items()}
     rows = [(titles[name], [_cell(record, name) for record in records]) for name in [*names, "worst_case"]]
     several = len({name for name, _ in members}) > 1
     differences, note = _differences(members) if several else ((), "")
     numbers = _numbers(key, members)
     shown: Picture | None = None
+    mechanism: Picture | None = None
     try:
         figure = evaluation_bars(records, labels=[name for name, _ in members])
         shown = picture(figure, key=key, numbers=[numbers])
     except UserError as reason:
         warnings.warn(f"no bars of {key}: {reason}", stacklevel=2)
+    for draw in mechanism_plan(members):
+        mechanism = picture(draw(), key=f"mechanism-{key}", numbers=[_fifths(f"mechanism-{key}", members)])
     return EvaluationView(
         key=key,
         title=f"Suite {records[0].suite}, {first['norm']} {first['eps']}, {first['images']}",
@@ -58,8 +64,22 @@ def evaluation_view(key: str, members: Members, colours: Mapping[str, str]) -> E
         differences=differences,
         differences_note=note,
         picture=shown,
+        mechanism=mechanism,
         numbers=numbers,
     )
+
+
+def _fifths(key: str, members: Members) -> Numbers:
+    """Fifths of the images by every criterion."""
+    rows = [
+        (name, record.checkpoint, criterion, place, fifth.low, fifth.high, fifth.count, fifth.clean, fifth.robust)
+        for name, record in members
+        if record.has_mechanism
+        for criterion in CRITERIA
+        for place, fifth in enumerate(quintiles(record.instances, criterion), start=1)
+    ]
+    heads = ("run", "checkpoint", "criterion", "fifth", "from", "to", "images", "clean", "robust")
+    return Numbers(key, dict(zip(heads, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def _caption(members: Members) -> list[str]:

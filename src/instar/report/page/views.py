@@ -172,6 +172,7 @@ class EvaluationView:
         differences: Rows of the paired comparison: arm, reference, column, difference, interval, p.
         differences_note: What these are.
         picture: The bars, or None.
+        mechanism: Margins and difficulties where they were measured, or None.
         numbers: All of it as a table.
     """
 
@@ -184,6 +185,7 @@ class EvaluationView:
     differences: Sequence[tuple[str, ...]]
     differences_note: str
     picture: Picture | None
+    mechanism: Picture | None
     numbers: Numbers
 
 
@@ -361,7 +363,8 @@ class Page:
     @property
     def pictures(self) -> list[Picture]:
         """All figures, in the order of the page."""
-        of_evaluations = [view.picture for view in self.evaluations if view.picture is not None]
+        drawn = (made for view in self.evaluations for made in (view.picture, view.mechanism))
+        of_evaluations = [made for made in drawn if made is not None]
         return [*self.training, *of_evaluations, *(made for view in self.analyses for made in view.pictures)]
 
     @property
@@ -369,6 +372,7 @@ class Page:
         """All tables, in the order of the page."""
         found = [table for made in self.training for table in made.numbers]
         found += [view.numbers for view in self.evaluations]
+        found += [table for view in self.evaluations if view.mechanism for table in view.mechanism.numbers]
         found += [table for view in self.analyses for table in view.tables]
         for view in self.classes:
             found += [view.numbers, *(confusion.numbers for confusion in view.confusions)]
