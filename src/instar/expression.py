@@ -124,8 +124,8 @@ def number(x: float) -> str:
     """A number as people in this field write it: thirds and the like, and multiples of half a pixel level, as such.
 
     Example:
-        >>> number(8 / 255), number(0.1), number(float("inf")), number(1 / 3)
-        ('8/255', '0.1', 'inf', '1/3')
+        >>> number(8 / 255), number(0.1), number(float("inf")), number(1 / 3), number(0.8 / 255)
+        ('8/255', '0.1', 'inf', '1/3', '0.8/255')
     """
     written = repr(x)
     # 0.1 and 0.2 are multiples of 1/510 too: only what has no short decimal is a fraction to a reader.
@@ -136,6 +136,9 @@ def number(x: float) -> str:
         halves = round(x * 510)
         if halves / 2 / 255 == x:
             return f"{halves // 2 if halves % 2 == 0 else halves / 2}/255"
+        tenths = round(x * 2550)
+        if tenths / 10 / 255 == x:  # a tenth of a radius of 8/255 is 0.8/255
+            return f"{tenths / 10}/255"
     return written
 
 

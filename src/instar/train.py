@@ -57,6 +57,7 @@ from instar.data import (
     steps_per_epoch,
 )
 from instar.data.indexed import as_float
+from instar.devices import device_name
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse
@@ -503,7 +504,7 @@ def _describe(
         "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
         "selection": {"n": len(selection), "rule": f"margin PGD-{SELECTION_STEPS}", "seed": settings.seed},
         "hardware": {
-            "device": _device_name(device),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "processes": group.size,
         },
@@ -525,10 +526,6 @@ def _setting(described: Mapping[str, Any]) -> str:
         f"{data['train_images']:,} training images, {described['selection']['n']:,} held out; {model['name']} with "
         f"{model['parameters']:,} parameters; {described['precision']} on {described['hardware']['device']}"
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from instar.attacks import PGD, Square
 from instar.doctor import estimate, predict
 from instar.doctor.estimate import Pace, cost
+from instar.evaluate import AutoAttack, evaluate
 from instar.evaluate.entries import Entry, Suite
 from instar.evaluate.subject import examined
-from instar.evaluate.suites import quick, standard
+from instar.evaluate.suites import development, quick, standard
 from instar.step import END
-from instar.threat import Linf
+from instar.threat import Ball, Linf
 from instar.train import train
 
 
@@ -96,6 +98,47 @@ def test_an_undefended_model_is_foretold_to_be_broken_at_once() -> None:
     broken = cost(quick(Linf(8 / 255)), pace, images=100, classes=10, clean=1.0, robust=0.0)
     standing = cost(quick(Linf(8 / 255)), pace, images=100, classes=10, clean=1.0, robust=0.5)
     assert broken.expected < 0.6 * standing.expected
+
+
+class Counted(nn.Module):
+    """Counts images by forward pass, those with a gradient twice: a backward pass to the input costs as much."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.seen = net, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) < 0:  # which cannot be traced, so that no copy is attacked
+            raise AssertionError
+        self.seen += len(x) * (2 if x.requires_grad else 1)
+        found: Tensor = self.net(x)
+        return found
+
+
+def _standard(ball: Ball) -> Suite:
+    made = standard(ball)
+    short = replace(made.entries[-1], attack=AutoAttack(ball, steps=20, queries=300))
+    return replace(made, entries=(*made.entries[:-1], short))
+
+
+@pytest.mark.parametrize("suite", [quick, development, _standard])
+def test_a_foretold_suite_costs_the_passes_that_it_makes(suite: Callable[[Ball], Suite]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))
+    x, ball = torch.rand(64, 3, 8, 8), Linf(0.006)
+    with torch.no_grad():
+        net[-1].bias -= net(x).mean(0)
+        y = net(x).argmax(1)
+    model = Counted(net).eval()
+    with examined(model, x[:8], device=torch.device("cpu")) as subject:
+        clean, robust = estimate.standing(subject, x, y, ball)
+    assert 0.2 < robust < 0.8
+    units = Pace(forward=1.0, both=2.0, stand_in=2.0, memory=0)
+    foretold = cost(suite(ball), units, images=64, classes=10, clean=clean, robust=robust)
+    model.seen = 0
+    evaluate(model, data=(x, y), suite=suite, eps=ball.radius, batch_size=64)
+    assert foretold.least < model.seen < foretold.most
+    assert foretold.expected == pytest.approx(model.seen, rel=0.3)
 
 
 def test_a_foretold_run_takes_about_as_long_as_it_does(tmp_path: Path) -> None:

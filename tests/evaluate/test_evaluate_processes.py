@@ -85,7 +85,7 @@ def test_two_processes_of_torchrun_give_the_record_of_one(weights: Path, whole: 
     assert same(record, whole)
     assert json.loads(record.read_text())["run"]["processes"] == 2
     assert printed.count("worst case") == 1  # one process prints
-    assert "autoattack 40/40" in printed
+    assert "AutoAttack: 40/40" in printed
     assert json.loads(record.read_text())["run"]["reused"] == []
 
 

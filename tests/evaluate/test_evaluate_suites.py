@@ -1,6 +1,7 @@
 """Every suite runs on any number of classes, says what it costs, and shares what others have computed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instar.attacks import PGD, MultiTargeted, Restarts, Square
+from instar.attacks import PGD, Attack, MultiTargeted, Restarts, Square
 from instar.errors import UserError
 from instar.evaluate import SUITES, AutoAttack, Entry, Suite, evaluate
 from instar.evaluate.adaptive import IMAGES, adaptive, sanity
@@ -21,39 +22,97 @@ from instar.threat import L1, L2, Ball, Linf
 MakeTask = Callable[..., tuple[nn.Module, Tensor, Tensor]]
 
 
-def few(ball: Ball, name: str) -> Suite:
+def few(ball: Ball, name: str, shape: tuple[int, int, int] = (3, 8, 8)) -> Suite:
     """A suite of the package with every attack kept and its budget cut."""
     if name == "adaptive":
-        return adaptive(ball, steps=5, short=2, restarts=2, queries=5, searches=2)
+        return adaptive(ball, steps=5, short=2, restarts=1, queries=5, searches=1)
     if name == "sanity":
-        return sanity(ball, steps=2, queries=5)
-    made = build(name, ball)
-    return Suite(made.name, tuple(Entry(e.name, e.title, cut(e.attack)) for e in made.entries), made.images)
+        return sanity(ball, steps=1, queries=5)
+    made = build(name, ball, shape=shape)
+    return replace(made, entries=tuple(replace(entry, attack=cut(entry.attack)) for entry in made.entries))
 
 
-def cut(attack: object) -> AutoAttack | PGD:
+def cut(attack: Attack | AutoAttack) -> Attack | AutoAttack:
     if isinstance(attack, AutoAttack):
         return AutoAttack(attack.ball, steps=5, queries=5, stages=attack.stages)
-    assert isinstance(attack, PGD)
-    return PGD(attack.ball, attack.objective, steps=3, step_size=attack.step_size, start=attack.start, stop=attack.stop)
+    if isinstance(attack, Square):
+        return replace(attack, queries=5)
+    return replace(attack, steps=3) if isinstance(attack, PGD) else attack
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5, 8, 10, 100])
-@pytest.mark.parametrize("name", ["quick", "development", "standard", "sanity", "adaptive", "robustbench"])
+CLASSES = (2, 3, 5, 8, 10, 100)
+ATTACKS = (
+    "quick",
+    "development",
+    "standard",
+    "sanity",
+    "adaptive",
+    "robustbench",
+    "black_box",
+    "multinorm",
+    "eps_sweep",
+)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_every_suite_runs_on_any_number_of_classes(name: str, classes: int, make_task: MakeTask) -> None:
-    net, x, y = make_task(classes, n=10, seed=1)
+    net, x, y = make_task(classes, n=64, seed=1)
     (record,) = evaluate(net, data=(x, y), suite=partial(few, name=name), eps=0.01)
     entries = few(Linf(0.01), name).entries
     assert list(record.scores) == ["clean", *(entry.name for entry in entries), "worst_case"]
     counted = [record.instances[entry.name] for entry in entries if entry.counts]
     assert record.instances["worst_case"].tolist() == [int(all(row)) for row in zip(*counted, strict=True)]
     assert record.scores["worst_case"].correct <= min(record.scores[e.name].correct for e in entries if e.counts)
-    assert record.scores["clean"].correct == 9
-    assert record.verdict.word in ("sound", "suspect", "overestimated")
+    assert record.scores["clean"].correct == 63
+    assert record.verdict.word in ("sound", "suspect", "overestimated", "untested")
     for entry in entries:
         told = record.protocol["attacks"][entry.name]
         assert told["budget"]["forwards"] > 0
         assert told.get("counts", True) == entry.counts
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_corruptions_are_measured_for_any_number_of_classes(classes: int, make_task: MakeTask) -> None:
+    net, x, y = make_task(classes, n=64, seed=1)
+
+    def some(ball: Ball) -> Suite:  # one severity of each; all of them are measured elsewhere
+        made = build("corruptions", ball)
+        return replace(made, entries=tuple(entry for entry in made.entries if entry.name.endswith("_3")))
+
+    (record,) = evaluate(net, data=(x, y), suite=some, eps=0.01)
+    assert len(record.scores) == 15 + 2
+    assert record.scores["worst_case"].correct == record.scores["clean"].correct == 63
+
+
+@pytest.mark.parametrize(("suite", "title"), [("cifar10_c", "CIFAR-10"), ("cifar100_c", "CIFAR-100")])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_published_corruptions_of_other_images_are_refused_in_one_line(
+    suite: str, title: str, classes: int, make_task: MakeTask
+) -> None:
+    net, x, y = make_task(classes)
+    with pytest.raises(UserError, match=f"the suite {suite} is of the test images of {title}; got") as told:
+        evaluate(net, data=(x, y), suite=suite, eps=0.01)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_plans_at_the_published_budget_are_complete_for_any_number_of_classes(classes: int) -> None:
+    """Nine targets at most, and as many as there are other classes; what has no loss below four classes is replaced."""
+    ball = Linf(8 / 255)
+    targets = min(9, classes - 1)
+    stages = {stage["name"]: stage for stage in budget(AutoAttack(ball), classes)["stages"]}
+    assert len(stages) == 4
+    assert stages["square"]["queries"] == 5000
+    for name, stage in stages.items():
+        if name != "square":
+            assert stage["steps"] in (100, 101)
+        if name.endswith("-t"):
+            assert stage["targets"] == targets
+    assert budget(MultiTargeted(PGD(ball, Margin(), steps=100)), classes)["targets"] == targets
+    for name in ATTACKS:
+        for entry in build(name, ball).entries:
+            assert budget(entry.attack, classes)["forwards"] > 0, (name, entry.name)
 
 
 @pytest.mark.parametrize("ball", [L2(0.1), L1(0.5)], ids=str)

@@ -24,8 +24,10 @@ def fold(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, 
     """A stand-in for any model, made only if it gives the same logits.
 
     Args:
-        model: The model, also of foreign code.
-        images: Some images (B, C, H, W) that both are compared on, in the model's own precision.
+        model: The model, also of foreign code. One whose forward branches on what it sees, or on how often it was
+            called, has no stand-in.
+        images: Some images (B, C, H, W) that both are compared on, beside others made of them, in the model's own
+            precision.
         dtype: See `Folded`.
         channels_last: See `Folded`.
 
@@ -42,15 +44,53 @@ def fold(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, 
     """
     with forward_mode(model, "eval"), torch.no_grad():
         try:
+            before = _state(model)
             plain = Folded(model, channels_last=channels_last)
-            ours, theirs = plain(images), model(images)
+            pairs = [(plain(probe), model(probe)) for probe in (images, *_probes(images))]
+            changed = _state(model) != before
         except Exception as error:  # foreign code fails to trace in any way it likes
             raise FoldingError(str(error).strip().partition("\n")[0] or type(error).__name__) from None
-        if ours.shape != theirs.shape or not torch.allclose(
-            ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())
-        ):
+        if changed:
+            raise FoldingError("the model changes as it is called, which a copy of its graph would not")
+        if not all(_same(ours, theirs) for ours, theirs in pairs):
             raise FoldingError("the folded copy gives other logits")
         return plain if dtype is None else Folded(model, dtype=dtype, channels_last=channels_last)
+
+
+PROBES = 8
+"""Images of each further input that a stand-in is compared on."""
+SMALL = 16
+"""Buffers of so many values, such as counters, are compared by value: a new tensor may take an old one's place."""
+
+
+def _probes(images: Tensor) -> list[Tensor]:
+    """Inputs that a forward which looks at its input, or at how often it was called, treats in another way.
+
+    A graph is traced once, so that a branch which Python took then is taken ever after.
+    """
+    few = images[:PROBES]
+    moved = few + 8 / 255 * torch.ones_like(few).cumsum(3).remainder(2).mul(2).sub(1)  # stripes, as noise has them
+    return [few[:1], few.flip(0), moved.clamp(0.0, 1.0), 1 - few, torch.zeros_like(few), torch.ones_like(few), few]
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(
+        ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max().clamp_min(1e-12)), equal_nan=True
+    )
+
+
+def _state(model: nn.Module) -> list[object]:
+    """What a forward pass in eval mode may not change: buffers, and plain values that modules keep."""
+    found: list[object] = []
+    for name, buffer in model.named_buffers():
+        found.append((name, buffer._version, buffer.tolist() if buffer.numel() <= SMALL else None))
+    for name, module in model.named_modules():
+        for key, item in vars(module).items():
+            if isinstance(item, (bool, int, float, str, type(None))):
+                found.append((name, key, item))
+            elif isinstance(item, (list, dict)) and not key.startswith("_"):
+                found.append((name, key, len(item)))
+    return found
 
 
 class _Cast(nn.Module):

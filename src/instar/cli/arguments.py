@@ -68,7 +68,20 @@ class _Expression:
         return "expression"
 
 
+class _Radius:
+    """Type of a radius: ``8/255`` or a number, read where it is needed and the mistake can be told."""
+
+    def __call__(self, text: Any) -> Any:
+        """Numbers of a YAML file as they are, all else as text."""
+        return text if isinstance(text, (int, float)) else str(text)
+
+    def __repr__(self) -> str:
+        """How the help calls this type."""
+        return "expression"
+
+
 expression = _Expression()
+radius = _Radius()
 
 
 def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from instar.cli.arguments import expression, parse, parser, pointed
+from instar.cli.arguments import expression, parse, parser, pointed, radius
 from instar.config import Settings, find_recipe, read_value
 from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
@@ -55,7 +55,7 @@ def _target(words: list[str]) -> tuple[Report, bool]:
     made.add_argument("--normalize", type=str, default="identity", help="identity, dataset, auto or mean/std")
     made.add_argument("--checkpoint", type=str, default="best", help="of a run: best, last, online or epoch_NNN")
     made.add_argument("--norm", type=str, default=None, help="Linf, L2 or L1")
-    made.add_argument("--eps", type=expression, default=None, help="radius, as 8/255")
+    made.add_argument("--eps", type=radius, default=None, help="radius, as 8/255")
     made.add_argument("--n", type=int, default=None, help="test images that suites would be run on; default: all")
     made.add_argument("--suite", type=str, default=None, help=f"estimate this one only: one of {', '.join(SUITES)}")
     made.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images that are attacked at a time")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from instar.cli import processes
-from instar.cli.arguments import expression, parse, parser, pointed
+from instar.cli.arguments import parse, parser, pointed, radius
 from instar.errors import UserError
-from instar.evaluate import SUITES, Pace, Record, Team, attacks_of, evaluate, robustbench, table
+from instar.evaluate import SUITES, Pace, Record, Team, attacks_of, beyond, evaluate, robustbench, table
 from instar.evaluate import Progress as ProgressCallback
 from instar.evaluate.adaptive import with_surrogates
+from instar.evaluate.corruptions import SEVERITIES
 from instar.evaluate.finding import OVERESTIMATED
 from instar.evaluate.progress import silent
 from instar.evaluate.verdict import EXIT_STATUS
@@ -56,7 +57,7 @@ def run(words: Sequence[str]) -> int:
     layer = "of a foreign state dict: identity, dataset, auto (what fits best) or mean/std"
     made.add_argument("--normalize", type=str, default="identity", help=layer)
     made.add_argument("--norm", type=str, default=None, help="Linf, L2 or L1; default: what the model was trained for")
-    made.add_argument("--eps", type=expression, default=None, help="radius, as 8/255; default: as trained")
+    made.add_argument("--eps", type=radius, default=None, help="radius, as 8/255; default: as trained")
     made.add_argument("--seed", type=int, default=0, help="seed of random starts and of AutoAttack")
     at_once = "images attacked at a time; default: 250, or what fits into memory"
     made.add_argument("--batch_size", type=int, default=None, help=at_once)
@@ -162,19 +163,37 @@ def _nearest(path: Path) -> Path:
 
 
 class _Lines:
-    """Progress as plain lines: one when an attack is complete, and one a minute."""
+    """Progress as plain lines: one when an attack is complete (of corruptions the last severity), and one a minute."""
 
     def __init__(self) -> None:
         self._pace, self._last = Pace(), ""
         self._wrote = time.monotonic()
 
+    def begin(self, checkpoint: str, titles: Mapping[str, str], plain: Collection[str]) -> None:
+        self._pace.begin(checkpoint, titles, plain)
+
     def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
         line, now = self._pace(attack, done, total, robust), time.monotonic()
-        if line == self._last or (done < total and now - self._wrote < 60):
+        passing = done < total or (beyond.is_cell(attack) and not attack.endswith(f"_{SEVERITIES[-1]}"))
+        if line == self._last or (passing and now - self._wrote < 60):
             return
         self._last = line
         self._wrote = now
         print(f"  {line}", flush=True)
+
+
+class _Bar:
+    """Progress as a bar that stays in its line."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._task, self._pace = bar, bar.add_task(""), Pace()
+
+    def begin(self, checkpoint: str, titles: Mapping[str, str], plain: Collection[str]) -> None:
+        self._pace.begin(checkpoint, titles, plain)
+
+    def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
+        said = self._pace(attack, done, total, robust)
+        self._bar.update(self._task, total=total, completed=done, description=said)
 
 
 @contextlib.contextmanager
@@ -183,10 +202,5 @@ def _progress(console: Console) -> Iterator[ProgressCallback]:
         yield _Lines()
         return
     bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
-    task, pace = bar.add_task(""), Pace()
-
-    def show(attack: str, done: int, total: int, robust: int) -> None:
-        bar.update(task, total=total, completed=done, description=pace(attack, done, total, robust))
-
     with bar:
-        yield show
+        yield _Bar(bar)

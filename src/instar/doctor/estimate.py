@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from instar.attacks import PGD
 from instar.doctor.report import Cost
 from instar.evaluate.autoattack import AutoAttack
+from instar.evaluate.compaction import compacts
 from instar.evaluate.entries import ONCE_WRONG, Entry, Suite
 from instar.evaluate.examine import budget, withstands
 from instar.evaluate.subject import Subject
@@ -202,9 +203,13 @@ def cost(suite: Suite, pace: Pace, *, images: int, classes: int, clean: float, r
         for place, part in enumerate(_parts(entry, classes, pace)):
             most += alive * part.full
             least += alive * part.least if place == 0 else 0.0
-            # A stopped attack is over when the last image of its batch is broken.
-            first = part.full if images * robust >= 1 else part.least
-            expected += alive * first if place == 0 else images * robust * part.full
+            standing = images * robust
+            if place > 0:
+                expected += standing * part.full
+            elif isinstance(entry.attack, PGD) and compacts(entry.attack):  # a broken image leaves the batch
+                expected += standing * part.full + (alive - standing) * part.least
+            else:  # a stopped attack is over when the last image of its batch is broken
+                expected += alive * (part.full if standing >= 1 else part.least)
     return Cost(suite.name, images, suite.forwards(classes), least, most, expected, pace.memory)
 
 

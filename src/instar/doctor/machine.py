@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import instar
+from instar.devices import device_name
 from instar.doctor.report import ERROR, OK, WARNING, Check
 from instar.evaluate.recording import version
 from instar.room import disk_free, gibibytes, memory_free
@@ -79,11 +80,6 @@ def _versions(known: dict[str, Any]) -> Check:
         advice = "They were built for different versions: install both from one package index"
         return Check("versions", ERROR, f"{text}; torchvision does not work with this torch ({reason})", advice)
     return Check("versions", OK, text)
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
 def cores() -> int:

@@ -22,9 +22,10 @@ from instar.evaluate.adaptive import with_twin
 from instar.evaluate.black_box import usual_suite
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE, Conditions
+from instar.evaluate.corruptions import PublishedCorruption
 from instar.evaluate.fitting import fitting
 from instar.evaluate.precision import searcher
-from instar.evaluate.progress import Progress, silent
+from instar.evaluate.progress import Progress, announce, silent
 from instar.evaluate.record import Record
 from instar.evaluate.recording import recorded
 from instar.evaluate.shards import Store, fetch, make_folder
@@ -33,6 +34,7 @@ from instar.evaluate.suites import Suite, build
 from instar.evaluate.targets import Case, Normalization, Wishes, resolve
 from instar.evaluate.team import Team
 from instar.evaluate.work import TooLargeError, Work
+from instar.models.normalize import Normalize
 from instar.runs import CHECKPOINTS
 from instar.threat import Ball
 
@@ -167,7 +169,31 @@ def built(suite: str | Callable[[Ball], Suite] | None, case: Case) -> Suite:
     """The suite that a case is judged by."""
     named = usual_suite(case.model) if suite is None else suite
     made = build(named, case.ball, shape=case.split.images.info.shape)
+    _check_published(made, case)
     return with_twin(made, case.twin, case.ball)
+
+
+def _check_published(suite: Suite, case: Case) -> None:
+    """Refuse published corruptions of other images than the case has, and of files that are not there.
+
+    Raises:
+        UserError: In one line, before anything is computed.
+    """
+    info = case.split.images.info
+    for attack in {e.attack for e in suite.entries if isinstance(e.attack, PublishedCorruption)}:
+        assert isinstance(attack, PublishedCorruption)
+        wanted = {"CIFAR-10-C": "cifar10", "CIFAR-100-C": "cifar100"}.get(attack.data)
+        other = info.name in CATALOGUE and info.name != wanted
+        if wanted is not None and (other or info.shape != (3, 32, 32)):
+            raise UserError(
+                f"the suite {suite.name} is of the test images of {CATALOGUE[wanted].title}; got {info.title}. For "
+                "other images the suite corruptions computes the same fifteen"
+            )
+        if not attack.folder.is_dir():
+            raise UserError(
+                f"there is no {attack.folder}; unpack the published archive there, or run the suite corruptions, which "
+                "computes them"
+            )
 
 
 def device_named(name: str | torch.device, team: Team | None = None) -> torch.device:
@@ -265,6 +291,8 @@ def _examined(
     """Run a suite on a model that is ready for it."""
     team = settings.team
     name = team.next_evaluation()
+    plain = {entry.name for entry in suite.entries if entry.everyone and not entry.diagnosis}
+    announce(settings.report, case.name, {entry.name: entry.title for entry in suite.entries}, plain)
     clean = Clean.measure(case, subject, conditions, settings.report if team.leads else silent)
     identity = _identity(case, subject, conditions)
     team.agree(f"{name}/identity", f"{sorted(identity.items())} {clean.digests}", what="model, data or settings")
@@ -347,6 +375,12 @@ def check_classes(case: Case, subject: Subject) -> None:
         UserError: It has fewer, or others than a registered data set has classes.
     """
     wanted = len(case.split.classes)
+    channels = {part.mean.shape[1] for part in subject.model.modules() if isinstance(part, Normalize)}
+    given = case.split.images.info.shape[0]
+    if channels and given not in channels:  # a layer of three means takes images of one channel without a word
+        raise UserError(
+            f"the model is made for images of {max(channels)} channels, {case.split.images.info.title} has {given}"
+        )
     # Data given without class names are known by their largest label only, so more outputs than that are no mistake.
     named = case.split.images.info.name in CATALOGUE
     if subject.classes < wanted or (named and subject.classes != wanted):

@@ -13,6 +13,8 @@ import torch
 
 import instar
 from instar.arrays import Arrays
+from instar.devices import device_name
+from instar.evaluate import symptoms
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import Conditions
@@ -92,7 +94,10 @@ def recorded(
         checkpoint=case.name,
         protocol=_protocol(case, suite, subject, clean, conditions, identity),
         scores=scores,
-        findings=_with_randomness(findings(suite.entries, outcomes, correct=clean.correct), clean),
+        findings=(
+            *_with_randomness(findings(suite.entries, outcomes, correct=clean.correct), clean),
+            *symptoms.nothing_left(clean.label, clean.correct, worst),
+        ),
         instances=instances,
         run={
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -172,16 +177,10 @@ def _protocol(
             "pyautoattack": version("pyautoattack"),
             "python": platform.python_version(),
         },
-        "device": _device_name(subject.device),
+        "device": device_name(subject.device),
     }
     text = repr((sorted(identity.items()), images, known["attacks"], known["norm"], known["eps"]))
     return {**known, "key": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.machine()}"
 
 
 def version(package: str) -> str:

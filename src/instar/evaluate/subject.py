@@ -121,7 +121,8 @@ def check_logits(model: nn.Module, images: Tensor) -> int:
         logits = model(images)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"there is not enough memory for {shape[0]} images {shape[1:]} at a time; give a smaller batch_size"
+            f"there is not enough memory for {shape[0]} images {shape[1:]} at a time; give a smaller batch size "
+            "(--batch-size)"
         ) from None
     except UserError:
         raise

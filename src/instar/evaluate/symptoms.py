@@ -9,11 +9,12 @@ import numpy as np
 
 from instar.evaluate.columns import Columns, norm, radius
 from instar.evaluate.finding import HIGH, NORMAL, OVERESTIMATED, SUSPECT, Finding, judge, percent, points
-from instar.evaluate.intervals import mcnemar
+from instar.evaluate.intervals import mcnemar, wilson
 
 CARLINI = "Carlini et al. 2019; Athalye et al. 2018"
 SQUARE_SUSPECT = 0.002
 FAR = 64 / 255
+NOTHING_LEFT = "nothing_left"
 
 
 def judged_share(count: int, total: int, *, suspect: float) -> str:
@@ -246,6 +247,29 @@ def zero_eps(columns: Columns) -> Finding | None:
     meaning = "as it should be" if verdict == NORMAL else "the model answers differently from call to call"
     text = f"with eps 0 {points(value)} differ from the clean predictions: {meaning}"
     return Finding("eps_zero", verdict, value, None, 0.0, 0.0, text, CARLINI)
+
+
+def nothing_left(label: np.ndarray, correct: np.ndarray, worst: np.ndarray) -> list[Finding]:
+    """A model that is no better than chance, or of which nothing withstands: a true number, and nothing to praise.
+
+    Args:
+        label: Labels (n,).
+        correct: Which clean predictions are right (n,).
+        worst: Which points withstood everything (n,).
+    """
+    count = len(label)
+    accuracy, chance = float(correct.mean()), float(np.unique(label, return_counts=True)[1].max()) / count
+    source = "no attack is needed"
+    if len(np.unique(label)) > 1 and wilson(int(correct.sum()), count)[0] <= chance and accuracy < (1 + chance) / 2:
+        text = (
+            f"clean accuracy is {percent(accuracy)}, always the same class gives {percent(chance)}, so that there is "
+            "nothing to attack: wrong weights, labels, normalisation or images?"
+        )
+        return [Finding(NOTHING_LEFT, HIGH, accuracy, deviation(accuracy, count), chance, chance, text, source)]
+    if not worst.any() and correct.any():
+        text = f"no image of {count} withstands, so that nothing is left to overestimate"
+        return [Finding(NOTHING_LEFT, HIGH, 0.0, None, 0.0, 0.0, text, source)]
+    return []
 
 
 def headline(columns: Columns) -> Finding | None:

@@ -13,6 +13,7 @@ from instar.errors import UserError
 from instar.evaluate import beyond
 from instar.evaluate.progress import spoken
 from instar.evaluate.record import Record, Score
+from instar.evaluate.symptoms import NOTHING_LEFT
 
 
 def rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
@@ -87,7 +88,11 @@ def caption(records: Sequence[Record]) -> list[str]:
             lines.append(f"{name}: {checkpoint['rule']}{epoch}; the same weights as {twin}.")
             continue
         lines.append(f"{name}: {checkpoint['rule']}{epoch}.")
-        lines += [f"{name}, {f.verdict}: {f.text}." for f in record.findings if f.verdict != "normal"]
+        lines += [
+            f"{name}, {f.verdict}: {f.text}."
+            for f in record.findings
+            if f.verdict != "normal" and f.check != NOTHING_LEFT
+        ]
         outside = (column for column in _marked(record, "counts", False) if not beyond.is_cell(column))
         beside = [record.scores[column].title for column in outside if column not in record.diagnoses]
         if beside:

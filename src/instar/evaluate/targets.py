@@ -144,7 +144,8 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
             f"{folder / 'checkpoints'}"
         )
     named = _named(run.get("data"))
-    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, named.get("size"))
+    _refuse_foreign(wishes, f"the run {folder.name}")
+    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, _size(named, wishes))
     threat = _ball(wishes, run.get("threat"), split)
     selection = run.get("selection") or {}
     rules = {
@@ -236,6 +237,24 @@ def _named(data: Any) -> dict[str, Any]:
     return known | {"name": name if name in CATALOGUE else known.get("path") or name}
 
 
+def _size(named: Mapping[str, Any], wishes: Wishes) -> int | None:
+    """The size of pictures that a run or card names, for the data set that it is of and for no other."""
+    return named.get("size") if wishes.data is None or wishes.data == named["name"] else None
+
+
+def _refuse_foreign(wishes: Wishes, what: str) -> None:
+    """Refuse what would change nothing: a model of ours has its normalisation and its width.
+
+    Raises:
+        UserError: Normalisation, or arguments of a network that was not named, were given.
+    """
+    if wishes.normalize != "identity":
+        raise UserError(f"--normalize is for foreign weights: {what} has its normalisation inside. Leave it out")
+    if wishes.model_arguments and wishes.model is None:
+        flags = ", ".join(f"--{name}" for name in wishes.model_arguments)
+        raise UserError(f"{flags} is for foreign weights: {what} says what network it is. Leave it out")
+
+
 def _used(run: Mapping[str, Any]) -> dict[str, Any]:
     """The images that weights were fitted to. A run adds none of its own; weights that it began from may have."""
     data = run.get("data")
@@ -259,8 +278,12 @@ def _file(path: Path, wishes: Wishes) -> Case:
     card = _card(path)
     named = _named(card.get("data") or card.get("dataset"))
     if wishes.data is None and named["name"] is None:
-        raise UserError(f"nothing says which data set {path.name} is for; give data, for example data='cifar10'")
-    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, named.get("size"))
+        raise UserError(
+            f"nothing says which data set {path.name} is for; give data: --data cifar10, in Python data='cifar10'"
+        )
+    if card and what not in ("onnx", "torchscript"):
+        _refuse_foreign(wishes, f"{path.name} with its card")
+    split = _split(named["name"] if wishes.data is None else wishes.data, wishes, _size(named, wishes))
     threat = _ball(wishes, card.get("threat"), split)
     checkpoint: dict[str, Any] = {"which": path.stem, "rule": "chosen by whoever gave the file", "file": path.name}
     if what in ("onnx", "torchscript"):
@@ -285,7 +308,9 @@ def _foreign(path: Path, wishes: Wishes, split: Split) -> tuple[nn.Module, str]:
     """Somebody else's weights in the network that the caller named, and what became of them."""
     model = _given(wishes, split)
     if model is None:
-        raise UserError(f"{path.name} does not say what network it is for; give model, for example model='resnet18'")
+        raise UserError(
+            f"{path.name} does not say what network it is for; give model: --model resnet18, in Python model='resnet18'"
+        )
     asked = wanted(wishes.normalize, split.images.info)
     report = load_foreign(path, model, normalize=_for_loading(asked, split))
     if report.normalization == "none":  # a network without such a layer gets one in front
@@ -413,7 +438,10 @@ def radius(eps: float | str) -> float:
         >>> radius("8/255") == 8 / 255
         True
     """
-    found = parse(eps) if isinstance(eps, str) else eps
+    try:
+        found = parse(eps) if isinstance(eps, str) else eps
+    except UserError:
+        found = None
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise UserError(f"eps must be a number such as 8/255; got {eps!r}. Give eps if training used a schedule")
     return float(found)

@@ -8,6 +8,7 @@ from typing import Any
 
 from instar.evaluate.finding import HIGH, OVERESTIMATED, SUSPECT, Finding
 from instar.evaluate.sanity import CHECKS
+from instar.evaluate.symptoms import NOTHING_LEFT
 
 SOUND, UNTESTED = "sound", "untested"
 EXIT_STATUS = 3
@@ -28,12 +29,14 @@ class Verdict:
         reasons: What speaks against the number, worst first; for a sound one, what is higher than usual.
         made: How many of the checks of a full evaluation were made.
         missing: What the others would have compared.
+        note: Why there is nothing to be sound: accuracy no better than chance, or nothing that withstands; else empty.
     """
 
     word: str
     reasons: tuple[str, ...]
     made: int
     missing: tuple[str, ...]
+    note: str = ""
 
     @property
     def line(self) -> str:
@@ -42,7 +45,7 @@ class Verdict:
         if self.word == UNTESTED:
             return f"{UNTESTED}: this suite makes none of the {len(self.missing)} checks"
         if self.word == SOUND:
-            said = f"{SOUND}, as far as this suite can tell ({scope})"
+            said = f"{SOUND}, as far as this suite can tell ({scope})" if not self.note else f"{self.note} ({scope})"
             return said + (f"; higher than usual: {'; '.join(self.reasons)}" if self.reasons else "")
         return f"{self.word} ({scope}): {'; '.join(self.reasons)}"
 
@@ -51,12 +54,14 @@ class Verdict:
         """The word, how much was looked at, and what was not; the reasons are left to the findings."""
         if self.word == UNTESTED:
             return self.line
-        said = f"{self.word}, {self.made} of {self.made + len(self.missing)} checks made"
+        word = self.note if self.note and self.word == SOUND else self.word
+        said = f"{word}, {self.made} of {self.made + len(self.missing)} checks made"
         return said + (f"; not looked at: {', '.join(self.missing)}" if self.missing else "")
 
     def to_json(self) -> dict[str, Any]:
         """As a record holds it, for readers without this package; it follows from the findings."""
-        return {"word": self.word, "reasons": list(self.reasons), "checks": self.made, "untested": list(self.missing)}
+        told = {"word": self.word, "reasons": list(self.reasons), "checks": self.made, "untested": list(self.missing)}
+        return told | ({"note": self.note} if self.note else {})
 
 
 def conclude(findings: Iterable[Finding]) -> Verdict:
@@ -72,7 +77,9 @@ def conclude(findings: Iterable[Finding]) -> Verdict:
         >>> conclude([]).line
         'untested: this suite makes none of the 15 checks'
     """
-    found = list(findings)
+    everything = list(findings)
+    found = [finding for finding in everything if finding.check != NOTHING_LEFT]
+    note = next((finding.text for finding in everything if finding.check == NOTHING_LEFT), "")
     checked = {finding.check for finding in found}
     if "square" in checked:  # AutoAttack's own, where the suite has none of its own
         checked.add("black_box")
@@ -80,7 +87,7 @@ def conclude(findings: Iterable[Finding]) -> Verdict:
     levels = {level: [f.text for f in found if f.verdict == level] for level in (OVERESTIMATED, SUSPECT, HIGH)}
     made = len(CHECKS) - len(missing)
     if levels[OVERESTIMATED]:
-        return Verdict(OVERESTIMATED, (*levels[OVERESTIMATED], *levels[SUSPECT]), made, missing)
+        return Verdict(OVERESTIMATED, (*levels[OVERESTIMATED], *levels[SUSPECT]), made, missing, note)
     if levels[SUSPECT]:
-        return Verdict(SUSPECT, tuple(levels[SUSPECT]), made, missing)
-    return Verdict(SOUND if found else UNTESTED, tuple(levels[HIGH]), made, missing)
+        return Verdict(SUSPECT, tuple(levels[SUSPECT]), made, missing, note)
+    return Verdict(SOUND if found else UNTESTED, tuple(levels[HIGH]), made, missing, note)

@@ -185,7 +185,7 @@ class Work:
         except torch.OutOfMemoryError:
             raise TooLargeError(
                 f"{entry.title} needs more memory than there is for {self.conditions.batch_size} images at a time; "
-                "give a smaller batch_size"
+                "give a smaller batch size (--batch-size)"
             ) from None
         except Exception as error:  # foreign models fail in any way, also midway; what was computed is kept
             raise UserError(
