@@ -22,7 +22,7 @@ RUN = {"recipe": "iseat", "norm": "batch", "settings": {"epochs": 3, "save_every
 
 def _torchrun(folder: Path, cases: dict[str, dict[str, Any]], *, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
     arguments = [str(WORKER), str(folder / "cases.json"), str(folder)]
     return subprocess.run(
@@ -46,7 +46,7 @@ def _assert_equal(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run; one with a process killed in its fourth step of six; one whose launcher was stopped."""
+    """Of four processes: an undisturbed run; one with a process killed in the fourth of six steps; one that was stopped."""
     base = tmp_path_factory.mktemp("restarts")
     (base / "2").mkdir()
     whole = RUN | {"out": "whole"}
