@@ -46,7 +46,7 @@ def _assert_equal(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of four processes: an undisturbed run; one with a process killed in the fourth of six steps; one that was stopped."""
+    """Runs of four: undisturbed; with a process killed in the fourth of six steps; with a launcher that was stopped."""
     base = tmp_path_factory.mktemp("restarts")
     (base / "2").mkdir()
     whole = RUN | {"out": "whole"}
