@@ -31,6 +31,21 @@ def stacked(parts: Sequence[Table]) -> Table:
     return {"member": np.repeat(np.arange(len(parts)), counts)} | rows
 
 
+def extremes(values: np.ndarray) -> tuple[int, int]:
+    """Positions of the smallest and the largest value: of two, where there are two, even if they are equal.
+
+    Args:
+        values: (n,), n at least 1; NaN counts only where there is nothing else.
+
+    Example:
+        >>> extremes(np.array([0.4, np.nan, 0.1])), extremes(np.array([0.2, 0.2]))
+        ((2, 0), (0, 1))
+    """
+    order = np.argsort(values, kind="stable")
+    known = order[: np.count_nonzero(~np.isnan(values))]
+    return int((known if len(known) else order)[0]), int((known if len(known) else order)[-1])
+
+
 def images_of(named: Sequence[Found]) -> int:
     """The most images that any result is about."""
     return max(int(one.protocol.get("n", 0)) for one in named)

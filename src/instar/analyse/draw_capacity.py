@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.report.style import EASY, HARD, RUNS, Sheet, epoch_axis, percent_axis, styled
 from instar.report.wording import percent
 
@@ -65,7 +66,7 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 @styled
 def _several(found: Found) -> Figure:
     members, table = found.tables["members"], found.tables["epochs"]
-    low, high = int(np.argmin(members["train_adversarial"])), int(np.argmax(members["train_adversarial"]))
+    low, high = extremes(members["train_adversarial"])
     same = len(set(members["model"])) == 1
     what = "radius" if same else "size of the network" if len(set(members["threat"])) == 1 else "size and radius"
     sheet = Sheet(

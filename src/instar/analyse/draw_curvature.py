@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.analyse.lanczos import Density
 from instar.analyse.sources import sources
 from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, lighter, styled
@@ -213,8 +214,7 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 def _spectra(found: Found) -> Figure:
     members, radii = found.tables["members"], found.tables["radii"]
     labels = [str(label) for label in members["label"]]
-    sharp = int(np.argmax(members["largest"]))
-    flat = int(np.argmin(members["largest"]))
+    flat, sharp = extremes(members["largest"])
     sizes = [int(one["model"]["parameters"]) for one in found.protocol["members"]]
     sheet = Sheet(
         0.9 + 0.62 * len(labels) if len(labels) > 4 else 3.4,

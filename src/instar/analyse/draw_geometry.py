@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.analyse.sources import sources
 from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, lighter, percent_axis, styled
 from instar.report.wording import percent
@@ -165,7 +166,7 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 def _geometry(found: Found) -> Figure:
     members, kappa, flat = found.tables["members"], found.tables["kappa"], found.tables["flatness"]
     labels = [str(label) for label in members["label"]]
-    high, low = int(np.argmax(members["guarded"])), int(np.argmin(members["guarded"]))
+    low, high = extremes(members["guarded"])
     sheet = Sheet(
         3.4,
         title=f"{labels[high]} guards {percent(members['guarded'][high])} of the images, {labels[low]} "

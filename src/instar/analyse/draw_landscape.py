@@ -10,6 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.analyse.sources import sources
 from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, styled
 
@@ -159,7 +160,7 @@ def _several(found: Found) -> Figure:
     members, line, plane = found.tables["members"], found.tables["line"], found.tables["plane"]
     labels = [str(label) for label in members["label"]]
     rise = members["adversarial_half"] - members["adversarial_loss"]
-    steep, flat = int(np.argmax(rise)), int(np.argmin(rise))
+    flat, steep = extremes(rise)
     again = bool(np.isfinite(line["again"]).all())
     sheet = Sheet(
         3.4,

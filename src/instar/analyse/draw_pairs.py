@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.analyse.sources import sources
 from instar.report.style import EASY, GREY, HARD, INK, PALE, RUNS, Sheet, lighter, percent_axis, styled
 from instar.report.wording import percent
@@ -214,7 +215,7 @@ def _hardest_pairs(found: Found) -> Figure:
     order = np.argsort(-highest, kind="stable")[: min(_MOST_PAIRS, int(known.sum()))]
     first = int(order[0])
     pair = f"{named[int(pairs['true'][first])]} → {named[int(pairs['predicted'][first])]}"
-    low, high = int(np.nanargmin(shares[:, first])), int(np.nanargmax(shares[:, first]))
+    low, high = extremes(shares[:, first])
     sheet = Sheet(
         max(3.2, 0.28 * len(order) + 0.9),
         title=f"{pair} under attack: {percent(shares[high, first])} for {labels[high]}, {percent(shares[low, first])} "

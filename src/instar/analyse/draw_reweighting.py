@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import extremes
 from instar.report.distributions import Survival
 from instar.report.geometry import bands
 from instar.report.style import GREY, INK, RUNS, Sheet, epoch_axis, lighter, percent_axis, styled
@@ -180,7 +181,7 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 def _several(found: Found) -> Figure:
     members, epochs = found.tables["members"], found.tables["epochs"]
     labels = [str(label) for label in members["label"]]
-    high, low = int(np.argmax(members["guarded"])), int(np.argmin(members["guarded"]))
+    low, high = extremes(members["guarded"])
     sheet = Sheet(
         3.3,
         title=f"At the end {labels[high]} guards {percent(members['guarded'][high])} of its training images, "

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instar.analyse.analysis import Analysis, Found, Table, register
-from instar.analyse.compared import images_of, members_of, protocol_of, stacked
+from instar.analyse.compared import extremes, images_of, members_of, protocol_of, stacked
 from instar.analyse.draw_geometry import draw, draw_compared
 from instar.analyse.perform import renamed
 from instar.analyse.sources import in_words
@@ -351,8 +351,7 @@ def compare(founds: Sequence[Found]) -> Found:
         },
         "flatness": stacked([one.tables["flatness"] for one in named]),
     }
-    order = np.argsort(members["guarded"])
-    low, high = order[0], order[-1]
+    low, high = extremes(members["guarded"])
     summary = (
         f"{members['label'][high]} guards most images ({percent(members['guarded'][high])} withstand every step), "
         f"{members['label'][low]} fewest ({percent(members['guarded'][low])})."
