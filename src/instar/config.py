@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
 import os
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +20,7 @@ from instar.errors import UserError, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
 from instar.methods import RECIPES, Recipe
+from instar.own_code import own_function
 from instar.schedules import share_of
 from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
@@ -134,7 +131,8 @@ class Settings:
         for entry in dataclasses.fields(self):
             if not fits(getattr(self, entry.name), _annotations()[entry.name]):
                 wanted = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", "")
-                raise UserError(f"{entry.name} must be {wanted}; got {getattr(self, entry.name)!r}")
+                usual = f", such as {entry.default!r}" if isinstance(entry.default, tuple) else ""
+                raise UserError(f"{entry.name} must be {wanted}{usual}; got {getattr(self, entry.name)!r}")
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -152,6 +150,9 @@ class Settings:
             raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise UserError(f"lr must be a number of at least 0; got {self.lr}")
+        for name in ("weight_decay", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or larger; got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1); got {self.momentum}")
         if not 0 <= self.ema < 1:
@@ -281,10 +282,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def find_recipe(name: str) -> Recipe:
     """A recipe by its name, or ``file.py:function`` / ``package.module:function`` for one of your own.
 
-    The latter two run the user's code, and are the only way to do so.
+    The latter two run the user's code; see `instar.own_code`.
 
     Raises:
-        UserError: No such recipe, file or function.
+        UserError: No such recipe, file or function, or a file that cannot be run.
 
     Example:
         >>> find_recipe("gairat").__name__
@@ -294,27 +295,7 @@ def find_recipe(name: str) -> Recipe:
         if name not in RECIPES:
             raise unknown("recipe", name, RECIPES)
         return RECIPES[name]
-    where, _, function = name.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where).resolve()
-        if not path.is_file():
-            raise UserError(f"there is no file {where} to take the recipe {function!r} from")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{where} cannot be imported as Python")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise UserError(f"cannot import {where!r} for the recipe {name!r}: {error}") from None
-    found = getattr(module, function, None)
-    if not callable(found):
-        functions = [n for n, item in vars(module).items() if callable(item) and not n.startswith("_")]
-        raise unknown(f"function in {where}", function, functions)
-    recipe: Recipe = found
+    recipe: Recipe = own_function(name, what="recipe")
     return recipe
 
 

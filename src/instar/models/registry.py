@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from instar.models.precision import FloatStemConv2d
 from instar.models.resnet import ResNet
 from instar.models.small import MnistCNN, SatCNN, SmallCNN
 from instar.models.wide_resnet import WideResNet
+from instar.own_code import own_function
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "mnist_cnn": MnistCNN,
@@ -84,7 +84,7 @@ def canonical(name: str) -> str:
     """The name under which a model is recorded: ``"WideResNet-28-10"`` and ``"wrn_28_10"`` are ``"wide_resnet_28_10"``.
 
     Args:
-        name: An own name in any usual spelling, ``"timm/<name>"`` or ``"module:function"``.
+        name: An own name in any usual spelling, ``"timm/<name>"``, ``"file.py:function"`` or ``"module:function"``.
 
     Returns:
         The canonical name.
@@ -104,7 +104,7 @@ def canonical(name: str) -> str:
     compressed = re.sub(r"[-_ ]", "", name.lower())
     if compressed in letters:
         return letters[compressed]
-    raise unknown("model", name, [*names(), "timm/<name>", "module:function"])
+    raise unknown("model", name, [*names(), "timm/<name>", "file.py:function"])
 
 
 def create(
@@ -318,17 +318,7 @@ def _keep_stem_in_float(net: nn.Module) -> None:
 
 
 def _create_from_code(name: str, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way; the cause stays chained
-        raise UserError(
-            f"cannot import {module_name!r} for model {name!r}: {_line(error)}. Is its folder on PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown(f"function of {module_name}", function_name, found)
+    function = own_function(name, what="model")
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     accepted: dict[str, Any] = {}
