@@ -194,7 +194,7 @@ def test_runs_are_quoted_at_the_same_checkpoint(
     (view,) = made.evaluations
     assert view.differences, view.differences_note
     assert [head[:2] for head in view.heads] == [("GAIRAT", "last"), ("TRADES", "best"), ("TRADES", "last")]
-    assert {row[2]: row[3] for row in view.differences}["AutoAttack"] == "-5.0"
+    assert {row[2]: row[3] for row in view.differences}["AutoAttack"] == "−5.0"
 
 
 def test_galleries_show_examples_within_the_ball_and_what_the_model_says(trained: Path) -> None:
@@ -266,7 +266,10 @@ def test_damage_costs_its_own_part_and_is_the_error_in_the_end(
     [
         (["nowhere", "--out", "page.html"], "nowhere holds no run"),
         (["RUN", "--out", "folder", "--figures", "figures"], "--figures belongs to a page"),
-        (["RUN", "--out", "page.html", "--examples", "-1"], "examples must be at least 0; got -1"),
+        (
+            ["RUN", "--out", "page.html", "--examples", "-1"],
+            "--examples must be a number of test images, 0 for none; got -1",
+        ),
         (["RUN", "--out", "FILE/page.html"], "cannot"),
     ],
 )

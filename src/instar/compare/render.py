@@ -116,14 +116,19 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _signed(value: float) -> str:
-    """In percentage points with a sign, and a minus that is one."""
+def signed(value: float) -> str:
+    """A difference of shares in percentage points, with a sign, and a minus that is one.
+
+    Example:
+        >>> signed(0.1234), signed(-0.05), signed(-0.0001)
+        ('+12.3', '−5.0', '0.0')
+    """
     text = f"{100 * value:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _gap(item: Difference) -> str:
-    return f"{_signed(item.value)} ({_signed(item.low)} to {_signed(item.high)})"
+    return f"{signed(item.value)} ({signed(item.low)} to {signed(item.high)})"
 
 
 def _p(value: float) -> str:

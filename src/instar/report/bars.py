@@ -216,7 +216,13 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, Finding, dict[str, Any]]], *, us
             gid=f"gap: {name}",
         )  # fmt: skip
         axes.annotate(
-            f"{value:+.1f}", (value, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+            f"{value:+.1f}".replace("-", "−"),
+            (value, y),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=INK,
         )
         right = max(right, value + reach)
     axes.axvline(0, color=GREY, linewidth=1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from instar.compare.render import signed
 from instar.errors import UserError
 from instar.evaluate.mechanism import CRITERIA, quintiles
 from instar.evaluate.record import Record
@@ -118,8 +119,8 @@ def _differences(members: Members) -> tuple[Sequence[tuple[str, ...]], str]:
             item.arm,
             item.reference,
             titles[item.column],
-            f"{100 * item.value:+.1f}",
-            f"{100 * item.low:+.1f} to {100 * item.high:+.1f}",
+            signed(item.value),
+            f"{signed(item.low)} to {signed(item.high)}",
             "< 0.001" if item.p_holm < 0.001 else f"{item.p_holm:.3f}",
             f"{len(item.won)} / {len(item.lost)}",
         )

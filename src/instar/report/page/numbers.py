@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,13 @@ class Numbers:
 
     @property
     def csv(self) -> str:
-        """The table as CSV (RFC 4180) with a line of headings.
+        """The table as CSV (RFC 4180) with a line of headings; what is not defined is an empty cell.
 
         Example:
             >>> Numbers("ab", {"a": [1, 2], "b": ["x, y", "z"]}).csv.splitlines()
             ['a,b', '1,"x, y"', '2,z']
+            >>> Numbers("c", {"class": ["ant", "bee"], "accuracy": np.array([0.5, np.nan])}).csv.splitlines()
+            ['class,accuracy', 'ant,0.5', 'bee,']
         """
         stream = io.StringIO()
         written = csv.writer(stream)
@@ -91,4 +94,6 @@ def has_parquet() -> bool:
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+    """The values as Python's own; None, an empty cell, where a number is not defined."""
+    listed = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    return [None if isinstance(value, float) and math.isnan(value) else value for value in listed]

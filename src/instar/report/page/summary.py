@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from instar.compare.render import signed
 from instar.evaluate.intervals import wilson
 from instar.evaluate.record import Record, Score
 from instar.methods import RECIPES
@@ -129,11 +130,11 @@ def _cards(record: Record) -> list[Card]:
         reach = 1.96 * (gap.error or 0.0)
         whose = "AutoAttack" if gap.check == gaps[0] else "margin PGD"
         told = f"paired on the same images; {protocol}"
-        span = f"95 %: {100 * (gap.value - reach):+.1f} to {100 * (gap.value + reach):+.1f} points"
+        span = f"95 %: {signed(gap.value - reach)} to {signed(gap.value + reach)} points"
         tone = "" if gap.verdict == "normal" else "hard"
-        made.append(
-            Card(f"PGD overstates {whose} by", f"{100 * gap.value:.1f} points", span, None, 0.0, 0.0, told, tone)
-        )
+        heading = f"PGD overstates {whose} by" if gap.value > 0 else f"PGD minus {whose}"
+        points = f"{signed(gap.value).removeprefix('+')} points"
+        made.append(Card(heading, points, span, None, 0.0, 0.0, told, tone))
     return made
 
 
