@@ -150,9 +150,8 @@ class Settings:
             raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise UserError(f"lr must be a number of at least 0; got {self.lr}")
-        for name in ("weight_decay", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be 0 or larger; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay must be 0 or larger; got {self.weight_decay}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1); got {self.momentum}")
         if not 0 <= self.ema < 1:

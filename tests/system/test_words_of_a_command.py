@@ -109,3 +109,58 @@ def test_explain_names_the_backward_pass_through_a_gradient(capsys):
 def test_data_wants_one_name(words, capsys):
     assert main(["data", *words]) == 2
     assert capsys.readouterr().err.startswith(("instar: which data set?", "instar: instar data get takes one name"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "doctor", "analyse"])
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--width", "16"], "--width belongs to --model"),
+        (["--model", "resnet18", "--width", "0"], "--width must be at least 1; got 0"),
+        (["--epz", "8/255"], "unknown flag 'epz'. Did you mean 'eps'"),
+    ],
+)
+def test_commands_refuse_what_they_would_not_use(command, words, line, tmp_path, capsys):
+    (tmp_path / "net.pt").write_bytes(b"")
+    assert main([command, str(tmp_path / "net.pt"), *words]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("recipe: 3", "recipe in the configuration run.yaml must be a name; got 3"),
+        ("{recipe: trades, preset: 3}", "preset in the configuration run.yaml must be a name; got 3"),
+        ("{recipe: trades, resume: 7}", "--resume: expected true or false. Got value: 7"),
+        ("{recipe: trades, lr: .nan}", "lr must be a number of at least 0; got nan"),
+        ("{recipe: trades, lr: fast}", "--lr: expected float or null. Got value: fast"),
+        ("{recipe: trades, mix: blend}", "--mix: expected one of 'none', 'cutmix', 'mixup'. Got value: blend"),
+        ("{recipe: trades, weight-decay: -3}", "weight_decay must be 0 or larger; got -3"),
+        ("{recipe: trades, save_every: -3}", "save_every must be at least 0; got -3"),
+        ("{recipe: trades, drops: 3}", "such as ((0.5, 0.1), (0.75, 0.01)); got 3"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_one_line(text, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", "--config", "run.yaml", "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["attack.steps=3", "[attack.steps=3]", "{attack.steps: 3}"])
+def test_a_file_may_hold_changes_as_text_list_or_mapping(text, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"recipe: pgd_at\nset: {text}\n")
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]) == 0
+    assert "steps=3" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_resume_refuses_an_impossible_setting_of_its_own(tmp_path, capsys):
+    words = ["--data", "digits", "--epochs", "1", "--width", "2", "--steps", "1", "--batch-size", "512"]
+    assert main(["train", "pgd_at", *words, "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--accumulate", "0"]) == 2
+    assert "accumulate must be at least 1; got 0" in capsys.readouterr().err

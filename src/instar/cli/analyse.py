@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from instar.analyse import ANALYSES, Found, Missing, analyse
 from instar.analyse.target import Tick
-from instar.cli.arguments import divided, expression, parse, parser
+from instar.cli.arguments import divided, expression, parse, parser, radius, width_of
 from instar.errors import UserError, unknown
 from instar.evaluate.progress import spoken
 
@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--width", type=int, default=None, help="channels of that network's first stage")
     made.add_argument("--normalize", type=str, default="identity", help="of a foreign state dict: identity or dataset")
     made.add_argument("--norm", type=str, default=None, help="Linf, L2 or L1; default: what the model was trained for")
-    made.add_argument("--eps", type=expression, default=None, help="radius, as 8/255; default: as trained")
+    made.add_argument("--eps", type=radius, default=None, help="radius, as 8/255; default: as trained")
     made.add_argument("--seed", type=int, default=0, help="of all that is random")
     made.add_argument("--batch_size", type=int, default=None, help="images in one forward pass")
     made.add_argument("--device", type=str, default="auto", help="cpu, cuda or auto")
@@ -71,7 +71,7 @@ def run(words: Sequence[str]) -> int:
             data=given.data,
             root=given.root,
             model=given.model,
-            model_arguments={"width": given.width} if given.width else None,
+            model_arguments=width_of(given),
             normalize=given.normalize,
             n=_count(given.n),
             norm=given.norm,

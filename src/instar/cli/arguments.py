@@ -84,6 +84,21 @@ expression = _Expression()
 radius = _Radius()
 
 
+def width_of(given: Namespace) -> dict[str, Any] | None:
+    """The argument that ``--width`` stands for, of the network that ``--model`` names.
+
+    Raises:
+        UserError: A width without a network, or one that is impossible.
+    """
+    if given.width is None:
+        return None
+    if given.model is None:
+        raise UserError("--width belongs to --model, the network of a foreign state dict; all others know their width")
+    if given.width < 1:
+        raise UserError(f"--width must be at least 1; got {given.width}")
+    return {"width": given.width}
+
+
 def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
     """Parse the words of a command line; dashes in flag names stand for underscores.
 
@@ -92,9 +107,13 @@ def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
     """
     normal = [re.sub(r"^--([\w-]+)", lambda m: "--" + m.group(1).replace("-", "_"), word) for word in words]
     try:
-        return made.parse_args(_joined(normal))
+        given = made.parse_args(_joined(normal))
     except ArgumentError as error:
         raise _one_line(str(error), made) from None
+    for action in made._actions:
+        if action.const is True and not isinstance(said := getattr(given, action.dest), bool):
+            raise UserError(f"--{action.dest.replace('_', '-')}: expected true or false. Got value: {said}")
+    return given
 
 
 def divided(made: ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -112,14 +131,21 @@ def divided(made: ArgumentParser, words: Sequence[str]) -> tuple[list[str], list
         >>> _ = made.add_argument("--batch_size", type=int), made.add_argument("--common", action="store_true")
         >>> divided(made, ["runs/a", "--batch-size", "4", "--common", "runs/b"])
         (['runs/a', 'runs/b'], ['--batch-size', '4', '--common'])
+
+    Raises:
+        UserError: An unknown flag: nobody knows whether the word behind it is its value.
     """
     valued = {flag for action in made._actions if action.nargs != 0 for flag in action.option_strings}
+    known = {flag for action in made._actions for flag in action.option_strings}
     loose: list[str] = []
     flags: list[str] = []
     waiting = False
     for word in words:
         if waiting or word.startswith("-"):
-            waiting = not waiting and word.replace("-", "_").replace("__", "--", 1) in valued
+            flag = re.sub(r"(?<=\w)-", "_", word.partition("=")[0])
+            if not waiting and flag.startswith("--") and flag not in known:
+                raise _one_line(f"unrecognized arguments: {flag}", made)
+            waiting = not waiting and word == word.partition("=")[0] and flag in valued
             flags.append(word)
         else:
             loose.append(word)
@@ -168,5 +194,11 @@ def _one_line(message: str, made: ArgumentParser) -> UserError:
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         reason = " ".join(found.group(2).split())
         reason = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", lambda m: f"expected {m.group(1) or ''}", reason)
+        if "Union subtypes" in reason:
+            kinds = [kind.replace("NoneType", "null") for kind in re.findall(r"- expected (\w+)", reason)]
+            value = reason.rpartition("Given value:")[2].strip()
+            reason = f"expected {' or '.join(kinds)}. Got value: {value}"
+        if choices := re.search(r"Literal\[(.*?)\]", reason):
+            reason = reason.replace(choices.group(), f"one of {choices.group(1)}")
         return UserError(f"--{found.group(1).replace('_', '-')}: {reason}")
     return UserError(" ".join(message.split()))

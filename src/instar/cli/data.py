@@ -86,6 +86,12 @@ def _check(words: list[str]) -> int:
     for line in (*(f"note: {note}" for note in report.notes), *(f"PROBLEM: {problem}" for problem in report.problems)):
         print(f"  {line}")
     sheet = Path(given.sheet or f"{Path(given.name).name}.png")
-    contact_sheet(load(given.name, root=given.root, size=given.size), sheet)
-    print(f"  contact sheet: {sheet}\n{'all is well' if report.ok else 'something is wrong'}")
+    try:
+        contact_sheet(load(given.name, root=given.root, size=given.size), sheet)
+        print(f"  contact sheet: {sheet}")
+    except UserError as error:
+        if report.ok:
+            raise
+        print(f"  no contact sheet: {error}")
+    print("all is well" if report.ok else "something is wrong")
     return 0 if report.ok else 1

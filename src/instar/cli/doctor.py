@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from instar.cli.arguments import expression, parse, parser, pointed, radius
+from instar.cli.arguments import expression, parse, parser, pointed, radius, width_of
 from instar.config import Settings, find_recipe, read_value
 from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
@@ -77,7 +77,7 @@ def _target(words: list[str]) -> tuple[Report, bool]:
         root=given.root,
         size=given.size,
         model=given.model,
-        model_arguments={"width": given.width} if given.width else None,
+        model_arguments=width_of(given),
         checkpoint=given.checkpoint,
         norm=given.norm,
         eps=given.eps,

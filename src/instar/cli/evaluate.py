@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from instar.cli import processes
-from instar.cli.arguments import parse, parser, pointed, radius
+from instar.cli.arguments import parse, parser, pointed, radius, width_of
 from instar.errors import UserError
 from instar.evaluate import SUITES, Pace, Record, Team, attacks_of, beyond, evaluate, robustbench, table
 from instar.evaluate import Progress as ProgressCallback
@@ -118,7 +118,7 @@ def _records(given: Namespace, team: Team) -> list[Record]:
             root=given.root,
             size=given.size,
             model=given.model,
-            model_arguments={"width": given.width} if given.width else None,
+            model_arguments=width_of(given),
             suite=suite,
             n=given.n,
             checkpoint=given.checkpoint,

@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     given = parse(_parser(recipe, published), words)
     fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
     arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
-    changes = dict(_change(text) for text in given.set or ())
+    changes = _changes(given.set)
     if published is not None:
         usual = _defaults() | dict(published.settings)
         chosen = {key: item for key, item in fields.items() if item != usual[key]}
@@ -189,7 +189,10 @@ def _from_yaml(what: str, path: Path) -> str | None:
         raise UserError(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"the configuration {path} must be a mapping of names to values")
-    return content.get(what)
+    found = content.get(what)
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{what} in the configuration {path} must be a name; got {found!r}")
+    return found
 
 
 def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentParser:
@@ -212,6 +215,13 @@ def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentP
         for key, parameter in inspect.signature(recipe).parameters.items():
             group.add_argument(f"--{key}", type=expression, default=None, help=f"recipe default: {parameter.default!r}")
     return made
+
+
+def _changes(given: Any) -> dict[str, Any]:
+    """Changes of the method: a list of them from the command line; one, several or a mapping from a YAML file."""
+    if isinstance(given, dict):
+        return {str(path): read_value(item) for path, item in given.items()}
+    return dict(_change(text) for text in ([given] if isinstance(given, str) else given or ()))
 
 
 def _change(text: Any) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from instar.data import matlab
 from instar.errors import UserError
@@ -447,7 +447,8 @@ def read_picture(path: Path, *, height: int, width: int) -> Images:
         with Image.open(io.BytesIO(_content(path))) as opened:
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: expected a complete picture; got {str(error).splitlines()[0]}") from None
+        reason = "no picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: expected a complete picture; got {reason}") from None
     if picture.size != (width, height):
         scale = max(width / picture.width, height / picture.height)
         covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
