@@ -25,7 +25,9 @@ from instar.schedules import share_of
 from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
 
-INDIFFERENT = frozenset(
+GUARDS = frozenset({"on_nan", "loss_limit", "on_collapse", "probe_every", "deterministic"})
+"""Settings of guards: they decide no number while nothing goes wrong, and what they did is in the state."""
+INDIFFERENT = GUARDS | frozenset(
     {"root", "device", "accumulate", "shard", "save_every", "save_steps", "keep_every", "keep_newest"},
 )
 """Settings that decide no number of a run, only where it is made and what is kept of it: a resume may change them."""
@@ -80,6 +82,15 @@ class Settings:
         save_steps: Optimiser steps of the run between further saves; 0 leaves it to `save_every`.
         keep_every: After every so many epochs the evaluation weights are kept, beside best and last; 0 keeps none.
         keep_newest: How many of these are kept at a time, the newest ones; 0 keeps all.
+        clip_grad: Largest 2-norm of a step's gradient, to which a longer one is scaled down; None clips nothing.
+        on_nan: What to do about a step whose loss or gradient is not finite, or whose loss explodes: ``stop`` the run
+            with its last save intact, ``skip`` the step, or ``rollback`` to the last save and leave its batch out.
+        loss_limit: A loss explodes above this many times the median of the last 64 steps (or of guessing, ln K, where
+            that is more); ``.inf`` looks for what is not finite alone.
+        on_collapse: ``warn`` of catastrophic overfitting, of predictions that collapse onto one class, and of an attack
+            that finds nothing, or ``stop`` there.
+        probe_every: Steps between further probes for these within an epoch; 0 probes at each epoch's end alone.
+        deterministic: Whether PyTorch takes slower algorithms that give the same bits every time.
         seed: Seed of everything random.
         device: ``cpu``, ``cuda``, or ``auto``.
 
@@ -123,6 +134,12 @@ class Settings:
     save_steps: int = 0
     keep_every: int = 0
     keep_newest: int = 0
+    clip_grad: float | None = None
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    loss_limit: float = 20.0
+    on_collapse: Literal["warn", "stop"] = "warn"
+    probe_every: int = 0
+    deterministic: bool = False
     seed: int = 0
     device: str = "auto"
 
@@ -152,6 +169,14 @@ class Settings:
             raise UserError(f"lr must be a number of at least 0; got {self.lr}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay must be 0 or larger; got {self.weight_decay}")
+        if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
+            raise UserError(
+                f"clip_grad must be the largest norm of a gradient, above 0, for example 1; got {self.clip_grad}"
+            )
+        if not self.loss_limit > 1:
+            raise UserError(f"loss_limit must be a multiple of the usual loss, above 1; got {self.loss_limit}")
+        if self.probe_every < 0:
+            raise UserError(f"probe_every must be 0 or a number of steps; got {self.probe_every}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1); got {self.momentum}")
         if not 0 <= self.ema < 1:

@@ -61,6 +61,18 @@ from instar.devices import device_name
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse
+from instar.guards import (
+    Alarm,
+    Health,
+    Lookout,
+    Probe,
+    clip_gradients,
+    deterministic,
+    leave_out,
+    left_out,
+    skipped,
+    watch,
+)
 from instar.instances import InstanceTable, everybody
 from instar.method import Method
 from instar.methods import Recipe
@@ -170,6 +182,8 @@ class _Run:
     on_event: Callable[[Event], None]
     note: Callable[[str], None]
     group: Group
+    health: Health
+    lookout: Lookout
     shards: Shards | None = None
 
     @property
@@ -240,7 +254,8 @@ def train(
     if chosen.device in ("auto", "cuda") and group is None:
         claim_gpu()
     joined = launched(choose_device(chosen.device)) if group is None else contextlib.nullcontext(group)
-    with within_memory(Path(out), chosen), joined as together:
+    fixed = deterministic(chosen.deterministic, device=chosen.device)
+    with within_memory(Path(out), chosen), fixed, joined as together:
         quiet = not together.leads
         return _train_together(
             recipe,
@@ -297,6 +312,8 @@ def _train_together(
     sharded = chosen.shard == "full" and not group.alone
     if sharded:
         check_shardable(method)
+        if chosen.on_nan != "stop" or chosen.clip_grad is not None:
+            raise UserError("shard=full knows on_nan=stop alone and no clip_grad; leave them out, or use shard=none")
         network = network.cpu()  # from where it is moved in shards
     else:
         network = network.to(device)
@@ -343,6 +360,8 @@ def _train_together(
         on_event=on_event,
         note=note,
         group=group,
+        health=Health(chosen.on_nan, chosen.loss_limit, len(info.classes)),
+        lookout=Lookout(chosen.on_collapse, note, out),
     )
     group.equalise(list(network.state_dict().values()))  # a module that is given may have been drawn without a seed
     state = _fresh_state(run, network)
@@ -403,8 +422,9 @@ def resume(
         out: The run's folder.
         on_event: See `train`.
         note: See `train`.
-        **where: `root`, `device`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every` and `keep_newest`
-            may differ from those of the interrupted run, as may the number of processes.
+        **where: `root`, `device`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every`, `keep_newest` and
+            what the guards do (`on_nan`, `loss_limit`, `on_collapse`, `probe_every`, `deterministic`) may differ from
+            those of the interrupted run, as may the number of processes.
 
     Returns:
         The finished run.
@@ -544,7 +564,11 @@ def _git_state() -> dict[str, Any] | None:
 
 
 _IRRELEVANT = INDIFFERENT | {"extra"}  # of an extra file the contents count
-_LATER = {"batch_norm": "sync", "patience": 0}  # settings that older runs do not name, and what they did
+_LATER = {
+    "batch_norm": "sync",
+    "patience": 0,
+    "clip_grad": None,
+}  # settings that older runs do not name, and what they did
 
 
 def _fingerprint(described: Mapping[str, Any]) -> str:
@@ -609,10 +633,14 @@ def _fresh_state(run: _Run, network: nn.Module) -> State:
     groups = parameter_groups(network, settings.weight_decay, decay_norm=settings.decay_norm)
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=settings.top_lr, betas=(settings.momentum, 0.999))
+        counted = settings.on_nan == "skip" and run.device.type == "cuda"  # where the decision to skip is made
+        betas = (settings.momentum, 0.999)
+        optimizer = torch.optim.AdamW(groups, lr=settings.top_lr, betas=betas, capturable=counted)
     else:
         nesterov = settings.nesterov and settings.momentum > 0
         optimizer = torch.optim.SGD(groups, lr=settings.top_lr, momentum=settings.momentum, nesterov=nesterov)
+    if settings.clip_grad is not None:
+        clip_gradients(optimizer, settings.clip_grad)
     remembered = tuple(name for name, _ in run.method.remember)
     return State(
         model=network,
@@ -642,10 +670,14 @@ def _train(run: _Run, state: State) -> Result:
     stand_in = _stand_in(run, state.model)
     log = read_log(run.out / "log.jsonl", before=state.epoch)
     with _stop_requests(patient=not run.group.alone) as requested:
+        if run.settings.on_nan == "rollback" and state.updates == 0:
+            _save(run, state)  # what there is to go back to
         while state.epoch < run.settings.epochs and not _out_of_patience(run, state):
-            _epoch(run, state, stand_in, requested)
-            record = _finish_epoch(run, state, log, requested)
+            if not _epoch(run, state, stand_in, requested):
+                continue
+            record, alarms = _finish_epoch(run, state, log, requested)
             run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
+            run.lookout(alarms)
             number = _stop_signal(run, requested)
             if number and state.epoch < run.settings.epochs:
                 raise Interrupted(
@@ -669,15 +701,19 @@ def _evaluated(state: State) -> nn.Module:
     return state.average if state.average is not None else state.model
 
 
-def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int]) -> None:
-    """Train from ``state.step`` to the end of the epoch."""
+def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int]) -> bool:
+    """Train from ``state.step`` to the end of the epoch; False where the run went back to the last save instead."""
     settings, epoch = run.settings, state.epoch
     state.model.train()
     updates = run.steps * settings.epochs
+    passed_over = left_out(state)
     started = time.monotonic()
     counted = state.seconds
     for batch in _stream(run, epoch, first_step=state.step):
         step = state.step
+        if state.updates in passed_over:
+            state.step, state.updates = step + 1, state.updates + 1
+            continue
         rate = learning_rate(settings, update=state.updates, updates=updates)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -685,12 +721,73 @@ def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int
         state.step, state.updates = step + 1, state.updates + 1
         state.seconds = counted + time.monotonic() - started
         run.on_event(StepDone(epoch, step, run.steps, len(rows["loss"]), rows["loss"], rows["correct"].bool()))
-        if number := _stop_signal(run, requested):
+        number = _stop_signal(run, requested)
+        probing = settings.probe_every and state.updates % settings.probe_every == 0 and state.step < run.steps
+        if (number or probing or run.health.due(state.updates)) and not _well(run, state):
+            return False
+        if number:
             raise _interrupted(run, state, number)
-        if _everybody_saves(run, run.group.leads and run.saves.due(state)):
+        if probing and (probed := _probe(run, state)) is not None:
+            if probed.alarms and settings.on_collapse == "stop":
+                _save(run, state)
+            run.lookout(probed.alarms)
+        # Where the first process decides alone, all of them read at the next step that is due.
+        if _everybody_saves(run, run.group.leads and run.saves.due(state)) and run.health.sound(state):
             whole = _whole(run, state)
             if run.group.leads:
                 run.saves.attempt(whole or state)
+    return _well(run, state)
+
+
+def _well(run: _Run, state: State) -> bool:
+    """Read what the steps noted, all processes alike; False if the run went back to the last save for one of them."""
+
+    def where(update: int) -> str:
+        rate = learning_rate(run.settings, update=update, updates=run.steps * run.settings.epochs)
+        return f"in epoch {update // run.steps}, step {update % run.steps} of {run.steps} (learning rate {rate:g})"
+
+    trouble = run.health.read(state, note=run.note, where=where)
+    if trouble is None:
+        return True
+    seconds, numbers = state.seconds, (*left_out(state), trouble.update)
+    state.optimizer.state.clear()
+    load_state(state, run.saves.path, fingerprint=run.saves.fingerprint)
+    leave_out(state, numbers)
+    state.seconds = seconds
+    if not run.group.agree(state.updates):  # also: nobody still reads what the first process writes now
+        raise UserError("the processes went back to different saves; instar train --resume goes on from the last one")
+    _save(run, state)
+    run.note(
+        f"{trouble.text} {where(trouble.update)}: back to epoch {state.epoch}, step {state.step}, to go on without "
+        f"that batch ({len(left_out(state))} left out so far)"
+    )
+    return False
+
+
+def _save(run: _Run, state: State) -> None:
+    """Save what the run cannot do without; all processes wait for it."""
+    whole = _whole(run, state)
+
+    def write() -> bytes:
+        run.saves.write(whole or state)
+        return b""
+
+    run.group.first(write)
+
+
+def _probe(run: _Run, state: State) -> Probe | None:
+    if run.shards is not None:
+        return None
+    return watch(
+        run.method,
+        state.model,
+        run.selection,
+        progress=Progress(state.epoch, run.settings.epochs),
+        table=state.table,
+        seed=run.settings.seed,
+        train_images=len(run.train),
+        group=run.group,
+    )
 
 
 def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
@@ -737,6 +834,7 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
     torch.manual_seed(key(seed, purpose="model" if run.group.leads else f"model/{run.group.rank}", **where))
     if stand_in is not None:
         stand_in.refresh(state.model)
+    kept = run.health.before(state)
     half = run.precision != torch.float32
     usual: Any = {"dtype": run.precision if half else torch.bfloat16, "cache_enabled": run.shards is None}
     with torch.autocast(run.device.type, enabled=half, **usual):
@@ -755,7 +853,8 @@ def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progre
     if state.average is not None and run.method.average is not None:
         run.method.average.update(state.average, state.model, progress)
     rows = everybody(batch.part, {"index": index, **remembered, **_known(batch, computed, progress.epoch)})
-    state.table.write(rows["index"], {name: row for name, row in rows.items() if name != "index"})
+    wanted = run.health.after(state, rows, kept)
+    state.table.write(wanted["index"], {name: row for name, row in wanted.items() if name != "index"})
     return rows
 
 
@@ -772,11 +871,13 @@ def _known(batch: Batch, computed: Loss, epoch: int) -> dict[str, Tensor]:
     }
 
 
-def _finish_epoch(run: _Run, state: State, log: list[dict[str, Any]], requested: list[int]) -> dict[str, Any]:
+def _finish_epoch(
+    run: _Run, state: State, log: list[dict[str, Any]], requested: list[int]
+) -> tuple[dict[str, Any], tuple[Alarm, ...]]:
     """Measure on the selection split, move on to the next epoch, and write all that belongs to the one that ended.
 
     Returns:
-        Its line, which `log` got.
+        Its line, which `log` got, and what a probe has to alarm about.
 
     Raises:
         UserError: The loss is not finite, or the disk did not take the files; the state before is kept.
@@ -809,8 +910,11 @@ def _finish_epoch(run: _Run, state: State, log: list[dict[str, Any]], requested:
         "train_kappa": state.table.mean("kappa", epoch=epoch),
         "selection_clean": clean,
         "selection_robust": robust,
+        "skipped": skipped(state),
         "seconds": round(state.seconds, 3),
     }
+    probed = _probe(run, state)
+    record |= probed.record() if probed is not None else {}
     card = {"epoch": epoch, "selection": {"clean": clean, "robust": robust, "rule": f"margin PGD-{SELECTION_STEPS}"}}
     checkpoints = run.out / "checkpoints"
     context = _card(run, evaluated) | card
@@ -839,7 +943,7 @@ def _finish_epoch(run: _Run, state: State, log: list[dict[str, Any]], requested:
             f"state before it; {RESUME} {run.out}",
             number,
         )
-    return record
+    return record, probed.alarms if probed is not None else ()
 
 
 def _check_equal(run: _Run, state: State) -> None:

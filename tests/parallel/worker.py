@@ -163,8 +163,13 @@ def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
 
 @contextlib.contextmanager
 def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
-    """Kills a process in the middle of a step, at the first attempt."""
-    step, left = instar.train.training_step, case.get("kill after")
+    """Kills a process in the middle of a step, at the first attempt; or makes its share of a step's images NaN."""
+    step, left, poisoned = instar.train.training_step, case.get("kill after"), case.get("poison")
+
+    def bad_step(model: Any, method: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        if [options["progress"].epoch, options["progress"].step] == poisoned:
+            batch = replace(batch, x=batch.x * float("nan"))
+        return step(model, method, batch, *arguments, **options)
 
     def last_step(*arguments: Any, **options: Any) -> Any:
         nonlocal left
@@ -173,10 +178,11 @@ def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(*arguments, **options)
 
-    if left is None or group.rank != 1 or group.restarts:
+    last = group.rank == group.size - 1
+    if not (last and poisoned) and (left is None or group.rank != 1 or group.restarts):
         yield
         return
-    instar.train.training_step = last_step
+    instar.train.training_step = bad_step if poisoned else last_step
     try:
         yield
     finally:

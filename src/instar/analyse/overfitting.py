@@ -19,14 +19,11 @@ from instar.analyse.perform import renamed
 from instar.analyse.target import Target
 from instar.errors import UserError
 from instar.evaluate.record import Record
+from instar.guards.collapse import catastrophic
 from instar.report.stored import StoredRun, UnavailableError
 from instar.report.wording import percent
 
 NAME, TITLE = "overfitting", "Overfitting and dynamics"
-COLLAPSE = 0.5
-"""Catastrophic overfitting: held-out robust accuracy falls below this share of its best so far ..."""
-LEARNED = 0.1
-"""... which was at least this high ..."""
 _CURVES = ("lr", "train_loss", "train_robust", "selection_clean", "selection_robust")
 
 
@@ -130,34 +127,6 @@ def noise(best: float, last: float, count: int) -> float:
         0.0438
     """
     return 1.96 * float(np.sqrt((best * (1 - best) + last * (1 - last)) / count)) if count else float("inf")
-
-
-def catastrophic(train: np.ndarray, held_out: np.ndarray) -> int | None:
-    """The first epoch of catastrophic overfitting, if there is one.
-
-    Held-out robust accuracy falls below half of its best so far, which was at least 10 %, while robust accuracy on
-    the training batches (under the attack that is trained with) is no lower than it was at that best: the model has
-    learned the attack, not the images. A run that merely diverges loses both.
-
-    Args:
-        train: Robust accuracy on the training batches by epoch (E,).
-        held_out: Robust accuracy on held-out images under a stronger attack by epoch (E,).
-
-    Returns:
-        The position of the epoch, or None.
-
-    Example:
-        >>> catastrophic(np.array([0.3, 0.4, 0.9]), np.array([0.3, 0.35, 0.02]))
-        2
-        >>> catastrophic(np.array([0.3, 0.4, 0.1]), np.array([0.3, 0.35, 0.1])) is None
-        True
-    """
-    for epoch in range(1, len(held_out)):
-        best = int(np.argmax(held_out[:epoch]))
-        collapsed = held_out[best] >= LEARNED and held_out[epoch] < COLLAPSE * held_out[best]
-        if collapsed and train[epoch] >= train[best]:
-            return epoch
-    return None
 
 
 def forgetting(run: StoredRun) -> tuple[Table, Table]:

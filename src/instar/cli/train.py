@@ -106,6 +106,11 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--keep_every", type=int, default=None, help="epochs whose weights are kept, if they differ")
     made.add_argument("--keep_newest", type=int, default=None, help="how many of them, if they differ")
     made.add_argument("--shard", type=str, default=None, help="none or full, if it differs")
+    made.add_argument("--on_nan", type=str, default=None, help="stop, skip or rollback, if it is to change")
+    made.add_argument("--loss_limit", type=float, default=None, help="where a loss explodes, if it is to change")
+    made.add_argument("--on_collapse", type=str, default=None, help="warn or stop, if it is to change")
+    made.add_argument("--probe_every", type=int, default=None, help="steps between further probes, if they differ")
+    made.add_argument("--deterministic", type=bool, default=None, help="true or false, if it is to change")
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")

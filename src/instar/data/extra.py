@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instar.arrays import Head, read_head
+from instar.data.ahead import one_ahead
 from instar.data.cache import FOLDER
 from instar.data.catalogue import DatasetInfo
 from instar.data.formats import missing, read_pickle
 from instar.data.indexed import ResidentImages, as_float
-from instar.data.resident import decoded_images, epoch_order, one_ahead, steps_between
+from instar.data.resident import decoded_images, epoch_order, steps_between
 from instar.data.sources import default_root
 from instar.data.splits import Split, TrainSplit
 from instar.errors import UserError

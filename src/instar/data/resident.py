@@ -6,22 +6,19 @@ the same epoch from a later step, it gives exactly the batches that an uninterru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from instar.data.ahead import one_ahead
 from instar.data.indexed import Images, ResidentImages, as_float, check_values
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.parallel import ALONE, Group, Part
 from instar.randomness import generator
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 def steps_per_epoch(split: Split, batch_size: int, drop_last: bool) -> int:
@@ -196,22 +193,6 @@ def _fetched(images: Images, shares: Iterator[_Share], device: torch.device) -> 
             yield share, resident.fetch(share.positions)
         return
     yield from one_ahead(lambda share: (share, decoded_images(images, share.positions)), shares)
-
-
-def one_ahead(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """The result of each item, worked out in a thread while the consumer still has the one before."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="instar-prefetch")
-    try:
-        pending: Future[_Result] | None = None
-        for item in items:
-            following = thread.submit(work, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-    finally:  # also reached when the consumer stops early or is interrupted
-        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def decoded_images(images: Images, positions: Tensor) -> Tensor:

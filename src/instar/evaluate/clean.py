@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ class Clean:
 
     @classmethod
     def _measure(cls, case: Case, subject: Subject, conditions: Conditions, report: Progress) -> Clean:
-        begun = datetime.datetime.now()
+        begun = time.perf_counter()
         random = False
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ("prediction", "margin", "label", "index")}
         digests, probes, right = [], [], 0
@@ -90,7 +90,7 @@ class Clean:
             right += int((predicted == y).sum())
             report("clean", min(start + step, total), total, right)
         joined = {name: np.concatenate(found) for name, found in parts.items()}
-        seconds = (datetime.datetime.now() - begun).total_seconds()
+        seconds = time.perf_counter() - begun
         return cls(
             **joined, digests=tuple(digests), probes=tuple(probes), shard_size=step, seconds=seconds, random=random
         )

@@ -10,6 +10,7 @@ import numpy as np
 from instar.evaluate.columns import Columns, norm, radius
 from instar.evaluate.finding import HIGH, NORMAL, OVERESTIMATED, SUSPECT, Finding, judge, percent, points
 from instar.evaluate.intervals import mcnemar, wilson
+from instar.guards.collapse import GAP
 
 CARLINI = "Carlini et al. 2019; Athalye et al. 2018"
 SQUARE_SUSPECT = 0.002
@@ -57,14 +58,14 @@ def single_step_only(columns: Columns) -> Finding | None:
     if single is None or many is None:
         return None
     pair = columns.pair(single, many)
-    verdict = HIGH if judge(pair.difference, normal=0.12, suspect=0.25, error=pair.error) == SUSPECT else NORMAL
+    verdict = HIGH if judge(pair.difference, normal=0.12, suspect=GAP, error=pair.error) == SUSPECT else NORMAL
     meaning = {
         NORMAL: "the two do not lie far apart",
         HIGH: "robust against one step only, as after catastrophic overfitting or natural training",
     }[verdict]
     text = f"{single.title} minus {many.title} is {points(pair.difference, pair.error)}: {meaning}"
     source = "Wong et al. 2020 (catastrophic overfitting); PGD-AT and TRADES show 4 to 6 points"
-    return Finding("single_step_minus_iterative", verdict, pair.difference, pair.error, 0.12, 0.25, text, source)
+    return Finding("single_step_minus_iterative", verdict, pair.difference, pair.error, 0.12, GAP, text, source)
 
 
 def black_box(columns: Columns) -> list[Finding]:
