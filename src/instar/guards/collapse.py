@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Sight:
         broken: Images that the method's own attack breaks.
         rise: By which factor its own attack raises the mean cross-entropy; 1 is not at all.
         most: Share of the most frequent label.
+        count: Images.
     """
 
     clean: float
@@ -54,9 +56,12 @@ class Sight:
     broken: float
     rise: float
     most: float
+    count: float
 
 
-def catastrophic(train: Sequence[float] | np.ndarray, held_out: Sequence[float] | np.ndarray) -> int | None:
+def catastrophic(
+    train: Sequence[float] | np.ndarray, held_out: Sequence[float] | np.ndarray, *, count: int = 0
+) -> int | None:
     """The first time of catastrophic overfitting, if there is one.
 
     Held-out robust accuracy falls below half of its best so far, which was at least 10 %, while robust accuracy under
@@ -66,6 +71,7 @@ def catastrophic(train: Sequence[float] | np.ndarray, held_out: Sequence[float] 
     Args:
         train: Accuracy under the weak attack by epoch or probe (E,): on the training batches, or under FGSM.
         held_out: Accuracy on held-out images under a stronger attack (E,).
+        count: Number of held-out images: a fall within three standard errors is chance. 0 takes every fall for real.
 
     Returns:
         The position, or None.
@@ -75,13 +81,17 @@ def catastrophic(train: Sequence[float] | np.ndarray, held_out: Sequence[float] 
         2
         >>> catastrophic([0.3, 0.4, 0.1], [0.3, 0.35, 0.1]) is None
         True
+        >>> catastrophic([0.2, 0.2], [0.14, 0.06]), catastrophic([0.2, 0.2], [0.14, 0.06], count=64)
+        (1, None)
 
     Source: Wong et al. 2020 describe it; they stop where PGD-5 accuracy falls by 20 points, which a model below that
         never does.
     """
     for epoch in range(1, len(held_out)):
         best = int(np.argmax(held_out[:epoch]))
-        collapsed = held_out[best] >= LEARNED and held_out[epoch] < COLLAPSE * held_out[best]
+        high, low = float(held_out[best]), float(held_out[epoch])
+        chance = 3 * math.sqrt((high * (1 - high) + low * (1 - low)) / count) if count else 0.0
+        collapsed = high >= LEARNED and low < COLLAPSE * high and high - low > chance
         if collapsed and train[epoch] >= train[best]:
             return epoch
     return None
@@ -124,8 +134,8 @@ def judge(sights: Sequence[Sight], *, resting: bool = True) -> list[Alarm]:
         The alarms, mostly none.
 
     Example:
-        >>> usual = Sight(0.8, 0.5, 0.45, 0.12, 0.1, broken=9, rise=2.0, most=0.1)
-        >>> fallen = Sight(0.8, 0.78, 0.01, 0.12, 0.1, broken=9, rise=2.0, most=0.1)
+        >>> usual = Sight(0.8, 0.5, 0.45, 0.12, 0.1, broken=9, rise=2.0, most=0.1, count=256)
+        >>> fallen = Sight(0.8, 0.78, 0.01, 0.12, 0.1, broken=9, rise=2.0, most=0.1, count=256)
         >>> judge([usual]), [alarm.name for alarm in judge([usual, fallen])]
         ([], ['catastrophic overfitting'])
     """
@@ -135,7 +145,10 @@ def judge(sights: Sequence[Sight], *, resting: bool = True) -> list[Alarm]:
     best = max(several)
     figures = f"PGD accuracy on held-out images is {last.several:.1%}, FGSM accuracy {last.single:.1%}"
     cure = "use an attack of several steps (pgd_at), N-FGSM or GradAlign, a smaller eps, or stop earlier"
-    if resting and catastrophic(single, several) is not None and last.several < COLLAPSE * best:
+    # Against the best so far, from which it may have fallen long ago.
+    peak = several.index(best)
+    fallen = catastrophic([single[peak], last.single], [best, last.several], count=int(last.count)) is not None
+    if resting and fallen:
         text = (
             f"catastrophic overfitting: {figures}, below half of its best, {best:.1%}: the network withstands the "
             f"attack that it is trained with and no other. Checkpoint best is from before; {cure}"

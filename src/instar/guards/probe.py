@@ -183,6 +183,7 @@ def probe(
         # A cross-entropy of exactly 0 has no gradient, and what stays there was not attacked.
         rise=min(behind / before_, _FAR) if before_ > 0 else (1.0 if behind == 0 else _FAR),
         most=max(labels) / n,
+        count=n,
     )
 
 
