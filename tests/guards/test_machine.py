@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import instar.data.ahead
+import instar.saving
 from instar import UserError, pgd_at
 from instar.data import DatasetInfo, load
 from instar.data.ahead import one_ahead
@@ -123,12 +124,10 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path, monkeypatch: pytest
             return datetime.datetime.fromtimestamp(abs(next(jumps)), tz)
 
     monkeypatch.setattr(datetime, "datetime", Jumping)
-    import instar.train as trainer
-
     saves: list[int] = []
-    real = trainer.save_state
+    real = instar.saving.save_state
     monkeypatch.setattr(
-        trainer, "save_state", lambda state, *a, **k: (saves.append(state.updates), real(state, *a, **k))
+        instar.saving, "save_state", lambda state, *a, **k: (saves.append(state.updates), real(state, *a, **k))
     )
     again, other, seconds = run("jumping")
     assert all(torch.equal(weights[key], again[key]) for key in weights)

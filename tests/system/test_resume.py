@@ -168,7 +168,7 @@ def test_the_seed_decides_everything_and_another_seed_gives_another_model(tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_keeps_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="learning rate 1e\\+30 may be too high"):
+    with pytest.raises(UserError, match=r"no longer a finite number .*learning rate 1e\+30"):
         train("pgd_at", out=tmp_path / "run", arguments={"steps": 1}, lr=1e30, schedule="constant", **SMALL)
 
 
