@@ -95,7 +95,7 @@ class Neighbours(Signal):
 @pytest.mark.parametrize(
     "change",
     [{"mode": "train"}, {"mode": "batch"}, {"overshoot": False}, {"stop": Neighbours()}, {"compact": False}],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_where_an_instance_depends_on_the_others_all_of_them_stay(change: dict[str, object]) -> None:
     net, batch = Counting(), instances()
