@@ -29,6 +29,8 @@ def test_a_model_comes_from_a_file_and_no_run_chooses_that_file(
     assert main(["train", "pgd_at", "--model", f"{file}:make", *words, "--out", run]) == 0
     assert main(["evaluate", run, "--suite", "quick", "--n", "10"]) == 2
     assert "no file may choose code to run" in capsys.readouterr().err
+    # Named by the user it is made as for training, with the normalisation that training puts in front.
+    assert main(["evaluate", run, "--model", f"{file}:make", "--suite", "quick", "--n", "10"]) == 0
 
 
 def test_an_edit_counts_the_next_time(tmp_path: Path) -> None:

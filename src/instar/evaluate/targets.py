@@ -21,7 +21,7 @@ from instar.errors import UserError
 from instar.evaluate.normalization import Normalization as Normalization
 from instar.evaluate.normalization import Statistics, detect, wanted
 from instar.expression import parse
-from instar.models import create, load_foreign, origin, read_card
+from instar.models import canonical, create, load_foreign, origin, read_card
 from instar.models import load as load_weights
 from instar.models.files import HUB_WEIGHTS, card_of, weights_of
 from instar.models.onnx import OnnxClassifier
@@ -158,7 +158,7 @@ def _run(folder: Path, wishes: Wishes) -> list[Case]:
     state = online_of(folder)
     cases = []
     for name, file in present.items():
-        model = load_weights(file, model=_given(wishes, split))
+        model = load_weights(file, model=_given(wishes, split, read_card(file)))
         card = read_card(file)
         checkpoint: dict[str, Any] = {
             "which": name,
@@ -219,7 +219,7 @@ def _online(folder: Path, wishes: Wishes, split: Split) -> tuple[nn.Module, dict
     state = online_of(folder)
     if state is None:
         raise UserError(f"{folder} cannot be evaluated by its online weights: {_no_state(folder)}")
-    model = online(state, model=_given(wishes, split))
+    model = online(state, model=_given(wishes, split, read_card(last)))
     progress = progress_of(state)
     rule = "online weights, as the optimiser left them at the end; best and last hold their average"
     if progress.step:
@@ -294,7 +294,7 @@ def _file(path: Path, wishes: Wishes) -> Case:
             raise UserError(f"{path} does not belong to its card: the sha256 differs. Was one of them replaced?")
         checkpoint["loaded"] = f"{path.name}: {what} program, {checkpoint['loaded']}"
     elif card:
-        model = load_weights(path, model=_given(wishes, split))
+        model = load_weights(path, model=_given(wishes, split, card))
         weights, checkpoint["epoch"] = card["sha256"], card.get("epoch")
     else:
         model, checkpoint["loaded"] = _foreign(path, wishes, split)
@@ -379,12 +379,19 @@ def _module(model: nn.Module, wishes: Wishes) -> Case:
     return Case("module", name, model, split, _ball(wishes, None, split), checkpoint, digest(model), training, out)
 
 
-def _given(wishes: Wishes, split: Split) -> nn.Module | None:
-    """The network that the caller chose, or None to take the card's."""
+def _given(wishes: Wishes, split: Split, card: Mapping[str, Any] | None = None) -> nn.Module | None:
+    """The network that the caller chose, or None to take the card's.
+
+    One that the card names too is made as it was for training: with its normalisation, and the arguments of a user's
+    own function, which no card may call by itself.
+    """
     if wishes.model is None or isinstance(wishes.model, nn.Module):
         return wishes.model
     info = split.images.info
     arguments: dict[str, Any] = {"classes": len(split.classes), "channels": info.shape[0], "image_size": info.shape[1]}
+    if card and card.get("architecture") == canonical(wishes.model):
+        trained = card.get("arguments") or {}
+        arguments = {**arguments, **{name: item for name, item in trained.items() if name != "pretrained"}}
     return create(wishes.model, **{**arguments, **(wishes.model_arguments or {})})
 
 
