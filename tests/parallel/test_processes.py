@@ -120,7 +120,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _difference(first: Path, second: Path) -> tuple[float, str]:
     """The largest difference of any tensor of two runs, with its name; tables and selected epochs must be equal."""
     a, b = (load_file(folder / "checkpoints" / "state.safetensors") for folder in (first, second))
-    assert a.keys() == b.keys()
+    probed = "shared.guard.sights"  # the probe's history, which runs in shards have none of
+    if b.keys() != a.keys():
+        assert "in shards" in second.name and b.keys() == a.keys() - {probed}
+        del a[probed]
     assert any(name.startswith("model.") for name in a)
     found = {name: float((a[name].double() - b[name].double()).abs().max()) for name in a if a[name].numel()}
     for one, other in zip(*(sorted((run / "instances").iterdir()) for run in (first, second)), strict=True):

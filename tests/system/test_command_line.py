@@ -211,8 +211,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     words = _command("train", "pgd_at", "--out", str(out), *QUICK)
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, check=False)
+    words[2] = f"import instar.saving; instar.saving.PATIENCE = 1.0; {words[2]}"  # a run waits minutes for a disk
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, check=False, timeout=200)
     assert done.returncode == 2
+    assert "The run waits up to 1 s for it" in done.stdout
     assert done.stderr.count("\n") == 1
     assert "cannot write" in done.stderr
     assert json.loads((out / "run.json").read_text())["recipe"] == "pgd_at"
