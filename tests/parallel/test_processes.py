@@ -122,7 +122,8 @@ def _difference(first: Path, second: Path) -> tuple[float, str]:
     a, b = (load_file(folder / "checkpoints" / "state.safetensors") for folder in (first, second))
     probed = "shared.guard.sights"  # the probe's history, which runs in shards have none of
     if b.keys() != a.keys():
-        assert "in shards" in second.name and b.keys() == a.keys() - {probed}
+        assert "in shards" in second.name
+        assert b.keys() == a.keys() - {probed}
         del a[probed]
     assert any(name.startswith("model.") for name in a)
     found = {name: float((a[name].double() - b[name].double()).abs().max()) for name in a if a[name].numel()}
