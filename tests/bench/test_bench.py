@@ -189,7 +189,7 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
         (["pgd_at", "--turns", "0"], "turns"),
         (["pgd_at", "--steps", "0"], "steps"),
         (["pgd_at", "--batch-size", "0"], "batch_size"),
-        (["pgd_at", "--batch-size", "many"], "batch_size"),
+        (["pgd_at", "--batch-size", "many"], "--batch-size"),
         (["pgd_at", "--width", "0"], "width"),
         (["pgd_at", "--precision", "fp8"], "precision"),
         (["pgd_at", "--clock", "sun"], "clock"),

@@ -123,7 +123,7 @@ def test_a_model_that_flips_dark_images_is_attacked_itself() -> None:
     [
         (["--eps", "nix"], "eps must be a number such as 8/255; got 'nix'"),
         (["--normalize", "dataset"], "--normalize is for foreign weights"),
-        (["--width", "8"], "--width is for foreign weights"),
+        (["--width", "8"], "--width belongs to --model"),
         (["--suite", "cifar10_c"], "is of the test images of CIFAR-10; got Digits"),
     ],
 )

@@ -33,7 +33,7 @@ class Budget:
 
 
 OfficialStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, Budget], None]
-"""(model, optimizer, images (B, C, H, W) in [0, 1], labels (B,), budget): one update of the model, in place."""
+"""One update of a model in place, from its optimizer, images (B, C, H, W) in [0, 1], labels (B,) and a budget."""
 
 
 def pgd_at(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, budget: Budget) -> None:
