@@ -1,7 +1,7 @@
 """A method of your own in one file: focal adversarial training.
 
     instar train examples/focal_at.py:focal_at --data digits --focus 1 --out runs/focal
-    instar train --resume --out runs/focal        # after a Ctrl-C
+    instar train --resume --trust --out runs/focal    # after a Ctrl-C
     instar evaluate runs/focal
     instar report runs/focal
 

@@ -414,6 +414,7 @@ def resume(
     *,
     on_event: Callable[[Event], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
+    trust: bool = False,
     **where: Any,
 ) -> Result:
     """Go on with the run in a folder, which knows its own configuration.
@@ -422,6 +423,7 @@ def resume(
         out: The run's folder.
         on_event: See `train`.
         note: See `train`.
+        trust: Whether a method or model in a file or module of your own, which the run names, may be run.
         **where: `root`, `device`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every`, `keep_newest` and
             what the guards do (`on_nan`, `loss_limit`, `on_collapse`, `probe_every`, `deterministic`) may differ from
             those of the interrupted run, as may the number of processes.
@@ -441,6 +443,12 @@ def resume(
     if kept["data"] == "custom" or (kept["model"] is None and stored["model"]["arguments"] is None):
         raise UserError(
             f"the data set or model of {out} was given in Python: call instar.train.train(..., resume=True)"
+        )
+    code = [name for name in (stored["recipe"], kept["model"]) if name and ":" in name and not name.startswith("timm/")]
+    if code and not trust:
+        raise UserError(
+            f"going on with {out} runs the code that it names, {' and '.join(code)}; if you trust it: "
+            f"instar train --resume --trust --out {out}"
         )
     if ":" in stored["recipe"]:
         find_recipe(stored["recipe"])  # imports the user's signals, which the method's expression names

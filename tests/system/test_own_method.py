@@ -55,7 +55,10 @@ def test_it_trains_resumes_evaluates_and_reports_from_the_command_line(tmp_path:
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
-    assert _instar("train", "--resume", "--out", "parts", folder=tmp_path).returncode == 0
+    refused = _instar("train", "--resume", "--out", "parts", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "instar train --resume --trust --out parts" in refused.stderr
+    assert _instar("train", "--resume", "--trust", "--out", "parts", folder=tmp_path).returncode == 0
     a, b = (load_file(tmp_path / run / "checkpoints" / "last.safetensors") for run in ("whole", "parts"))
     assert all((a[key] == b[key]).all() for key in a)
     assert _instar("evaluate", "parts", "--suite", "quick", "--n", "20", folder=tmp_path).returncode == 0

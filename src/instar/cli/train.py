@@ -98,6 +98,7 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--resume", action="store_true")
     made.add_argument("--log", action="append", default=[], metavar="SINK", help=_LOG)
     made.add_argument("--out", type=str, default=None, help="folder of the run")
+    made.add_argument("--trust", action="store_true", help="run the code of your own that the run names")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
     made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
     made.add_argument("--accumulate", type=int, default=None, help="pieces of each process's batch, if it differs")
@@ -122,7 +123,7 @@ def _resume(words: Sequence[str]) -> int:
     ):
         try:
             where = {name: getattr(given, name) for name in sorted(INDIFFERENT)}
-            result = resume(given.out, on_event=_both(show, follow), note=show.line, **where)
+            result = resume(given.out, on_event=_both(show, follow), note=show.line, trust=given.trust, **where)
         except Interrupted as stopped:
             show.line(str(stopped))
             return 128 + stopped.signal_number
