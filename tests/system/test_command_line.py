@@ -123,7 +123,7 @@ def test_a_recipe_of_your_own_trains_from_a_file(tmp_path: Path) -> None:
         main(["train", f"{mine}:sharp", "--power", "1.5", "--data", "digits", "--out", str(out), *QUICK, "--resume"])
         == 0
     )
-    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert main(["train", "--resume", "--trust", "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize(
