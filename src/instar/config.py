@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from instar.data import AUGMENTATIONS, DatasetInfo, extra_count
+from instar.data import AUGMENTATIONS, DatasetInfo, Images, extra_count
 from instar.errors import UserError, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
 from instar.methods import RECIPES, Recipe
+from instar.models import create
 from instar.own_code import own_function
+from instar.randomness import key
 from instar.schedules import share_of
 from instar.signals import CrossEntropy, Signal
 from instar.weightspace import EMA
@@ -235,6 +238,45 @@ def _is(given: Any, kind: Any) -> bool:
             return False
         return all(_is(part, inner[0] if same else inner[place]) for place, part in enumerate(given))
     return isinstance(given, type(None) if kind is None else origin or kind)
+
+
+def build_network(
+    method: Method, images: Images, *, model: str, width: int | None, seed: int, stem: str = "auto"
+) -> nn.Module:
+    """The network that training begins with: for these images, with their normalisation and the head a method needs.
+
+    Args:
+        method: What shall train it; ``method.requires`` is read.
+        images: The data set.
+        model: Name of a network, see ``instar.models.create``.
+        width: Channels of the first stage of an own network; None is the published width.
+        seed: Seed of the run, from which that of the weights is drawn.
+        stem: ``cifar``, ``imagenet``, or ``auto`` for what the size of the images suggests.
+
+    Returns:
+        Images (B, C, H, W) in [0, 1] → logits (B, K), on the CPU.
+
+    Raises:
+        UserError: The network is unknown, or cannot be made so.
+    """
+    channels, height, _ = images.shape
+    required = method.requires
+    more: dict[str, Any] = {}
+    if required is not None and "/" not in model and ":" not in model:  # Instar's own networks know these
+        more = {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
+    if stem != "auto":
+        more["stem"] = stem
+    return create(
+        model,
+        classes=len(images.classes),
+        channels=channels,
+        image_size=height,
+        width=width,
+        mean=images.info.mean,
+        std=images.info.std,
+        seed=key(seed, purpose="weights"),
+        **more,
+    )
 
 
 def learning_rate(settings: Settings, *, update: int, updates: int) -> float:

@@ -33,6 +33,7 @@ from instar.config import (
     INDIFFERENT,
     Settings,
     build_method,
+    build_network,
     choose_device,
     choose_precision,
     find_recipe,
@@ -76,7 +77,7 @@ from instar.guards import (
 from instar.instances import InstanceTable, everybody
 from instar.method import Method
 from instar.methods import Recipe
-from instar.models import create, load_foreign, origin, parameter_groups, save
+from instar.models import load_foreign, origin, parameter_groups, save
 from instar.models.batch_norm import average_running_statistics, normalised_by
 from instar.parallel import ALONE, Group, claim_gpu, launched
 from instar.randomness import generator, key
@@ -468,25 +469,8 @@ def _images(data: Any, settings: Settings) -> Images:
 def _network(model: str | nn.Module | None, settings: Settings, images: Images, method: Method) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    channels, height, _ = images.shape
-    name = settings.model or ("small_cnn" if height < 32 else "resnet18")
-    required = method.requires
-    more: dict[str, Any] = {}
-    if required is not None and "/" not in name and ":" not in name:  # Instar's own networks know these
-        more = {"head": "cosine", "scale": required.scale, "head_bias": required.bias}
-    if settings.stem != "auto":
-        more["stem"] = settings.stem
-    return create(
-        name,
-        classes=len(images.classes),
-        channels=channels,
-        image_size=height,
-        width=settings.width,
-        mean=images.info.mean,
-        std=images.info.std,
-        seed=key(settings.seed, purpose="weights"),
-        **more,
-    )
+    name = settings.model or ("small_cnn" if images.shape[1] < 32 else "resnet18")
+    return build_network(method, images, model=name, width=settings.width, seed=settings.seed, stem=settings.stem)
 
 
 def _check_requirement(method: Method, network: nn.Module) -> None:

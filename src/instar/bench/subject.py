@@ -14,15 +14,15 @@ from torch.func import functional_call
 
 from instar.attacks import PGD, FoldingError, fold
 from instar.bench.official import Budget, official
-from instar.config import Settings, build_method, choose_device, choose_precision, find_recipe
+from instar.config import Settings, build_method, build_network, choose_device, choose_precision, find_recipe
 from instar.data import DatasetInfo, Images, ResidentImages, TrainSplit, augmentation, batches, info, load
 from instar.errors import UserError, unknown
 from instar.evidence import Batch
 from instar.expression import parse
 from instar.instances import InstanceTable
 from instar.method import Method
-from instar.models import create, load_foreign
-from instar.randomness import generator, key
+from instar.models import load_foreign
+from instar.randomness import generator
 from instar.schedules import Progress
 from instar.step import training_step
 
@@ -244,21 +244,7 @@ def images_of(case: Case) -> Images:
 
 
 def _network(case: Case, images: Images, method: Method) -> nn.Module:
-    channels, height, _ = images.shape
-    more: dict[str, Any] = {}
-    if method.requires is not None:
-        more = {"head": "cosine", "scale": method.requires.scale, "head_bias": method.requires.bias}
-    network = create(
-        case.model,
-        classes=len(images.classes),
-        channels=channels,
-        image_size=height,
-        width=case.width,
-        mean=images.info.mean,
-        std=images.info.std,
-        seed=key(case.seed, purpose="weights"),
-        **more,
-    )
+    network = build_network(method, images, model=case.model, width=case.width, seed=case.seed)
     if case.init:
         load_foreign(case.init, network, new_head=True)
     return network
