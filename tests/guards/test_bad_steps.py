@@ -27,6 +27,7 @@ from instar.guards import Health, clip_gradients, gradient_norm, skipped
 from instar.guards.health import IN_A_ROW, READ_EVERY, REMEMBERED, ROLLBACKS
 from instar.instances import InstanceTable
 from instar.methods import free_at
+from instar.models import create
 from instar.step import training_step
 from instar.train import Event, Interrupted, StepDone, resume, train
 
@@ -291,7 +292,7 @@ def test_clipping_is_a_setting_and_another_run(few: ResidentImages, tmp_path: Pa
     moved = {}
     for name, limit in (("free", None), ("short", 1e-3)):
         done = _run(few, tmp_path / name, clip_grad=limit, **kind)
-        fresh = instar.train.create("small_cnn", classes=10, channels=1, image_size=8, width=4, seed=0)
+        fresh = create("small_cnn", classes=10, channels=1, image_size=8, width=4, seed=0)
         start = {key: p.detach() for key, p in fresh.named_parameters()}
         assert start.keys() == dict(done.model.named_parameters()).keys()
         moved[name] = done.model
