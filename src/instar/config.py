@@ -81,7 +81,8 @@ class Settings:
         precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
         channels_last: Whether images are laid out as NHWC, which convolutions are faster in.
         fold: Whether eval-mode attacks run on a copy with BatchNorm folded into the convolutions.
-        save_every: Seconds between saves of the state within an epoch; one is made at each epoch's end anyway.
+        save_every: Seconds between saves of the state within an epoch; one is made at each epoch's end anyway. None
+            means 300, or a hundred times what the last save took where that is longer: saving costs 1 % at most.
         save_steps: Optimiser steps of the run between further saves; 0 leaves it to `save_every`.
         keep_every: After every so many epochs the evaluation weights are kept, beside best and last; 0 keeps none.
         keep_newest: How many of these are kept at a time, the newest ones; 0 keeps all.
@@ -133,7 +134,7 @@ class Settings:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
     fold: bool = True
-    save_every: float = 300.0
+    save_every: float | None = None
     save_steps: int = 0
     keep_every: int = 0
     keep_newest: int = 0
@@ -157,8 +158,9 @@ class Settings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("save_every", "save_steps", "keep_every", "keep_newest"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must be at least 0; got {getattr(self, name)}")
+            given = getattr(self, name)
+            if given is not None and not given >= 0:
+                raise UserError(f"{name} must be at least 0; got {given}")
         if self.keep_newest and not self.keep_every:
             raise UserError(f"keep_newest = {self.keep_newest} needs keep_every, for example keep_every = 10")
         for entry in dataclasses.fields(self):

@@ -23,6 +23,9 @@ from instar.models import read_card, save
 from instar.runs import KEPT
 from instar.storage import WriteError, remove_unfinished, write_atomically
 
+USUAL_EVERY, WORK_PER_SAVE = 300.0, 100.0
+"""Unless `save_every` is given, training goes on between two saves for so many seconds, and at least for so many times
+what the last save took."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
 """Seconds until a failed save is tried again: doubled each time, up to the second."""
 PATIENCE = 300.0
@@ -65,7 +68,7 @@ class Saves:
         self.path = out / "checkpoints" / NEWEST
         self.fingerprint, self.settings, self.note = fingerprint, settings, note
         self.clock, self.sleep = clock, sleep
-        self._last = clock()
+        self._last, self._took = clock(), 0.0
         self._wait, self._again = 0.0, 0.0  # after a save that failed: how long, and until when
 
     def due(self, state: State) -> bool:
@@ -73,8 +76,10 @@ class Saves:
         now = self.clock()
         if self._wait:
             return now >= self._again
-        steps = self.settings.save_steps
-        return now - self._last > self.settings.save_every or (steps > 0 and state.updates % steps == 0)
+        steps, every = self.settings.save_steps, self.settings.save_every
+        if every is None:
+            every = max(USUAL_EVERY, WORK_PER_SAVE * self._took)
+        return now - self._last > every or (steps > 0 and state.updates % steps == 0)
 
     def write(self, state: State) -> None:
         """Save the state.
@@ -82,8 +87,10 @@ class Saves:
         Raises:
             WriteError: The disk did not take it.
         """
+        begun = self.clock()
         save_state(state, self.path, fingerprint=self.fingerprint)
         self._last = self.clock()
+        self._took = self._last - begun
         self._good()
 
     def attempt(self, state: State) -> bool:

@@ -281,6 +281,27 @@ def test_saves_are_due_by_seconds_and_steps_and_failed_ones_later_and_later(tmp_
     assert len(notes) == 1
 
 
+def test_a_slow_save_is_not_repeated_before_a_hundred_times_its_length(tmp_path: Path, monkeypatch) -> None:
+    now, took = 0.0, 2.0
+
+    def slow(*_: object, **__: object) -> None:
+        nonlocal now
+        now += took
+
+    monkeypatch.setattr("instar.saving.save_state", slow)
+    saves = Saves(tmp_path, fingerprint="x", settings=Settings(), note=print, clock=lambda: now)
+    net = nn.Linear(2, 2)
+    state = State(net, torch.optim.SGD(net.parameters(), lr=1.0), InstanceTable(2))
+    begun = []
+    for _ in range(2000):
+        now += 1.0
+        if saves.due(state):
+            begun.append(now)
+            took = 8.0 if len(begun) == 1 else 2.0
+            saves.write(state)
+    assert begun == [301, 309 + 801, 1112 + 301, 1415 + 301]
+
+
 def test_every_so_many_epochs_are_kept_and_the_newest_of_them_alone_if_wished(tmp_path: Path, capsys) -> None:
     out, kind = tmp_path / "run", SMALL | {"epochs": 7, "batch_size": 1024}
     train("pgd_at", out=out, arguments={"steps": 1}, keep_every=2, keep_newest=2, **kind)
