@@ -100,6 +100,24 @@ def test_an_undefended_model_is_foretold_to_be_broken_at_once() -> None:
     assert broken.expected < 0.6 * standing.expected
 
 
+def test_logits_that_mislead_cross_entropy_do_not_mislead_the_forecast() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    x = torch.rand(64, 3, 2, 2)
+    with torch.no_grad():
+        net[1].bias -= net(x).mean(0)
+        y = net(x).argmax(1)
+    shares = []
+    for scale in (1.0, 1e6):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter *= scale
+        with examined(net, x[:8], device=torch.device("cpu")) as subject:
+            shares.append(estimate.standing(subject, x, y, Linf(0.02)))
+    assert shares[0] == shares[1]
+    assert 0.2 < shares[0][1] < 0.8
+
+
 class Counted(nn.Module):
     """Counts images by forward pass, those with a gradient twice: a backward pass to the input costs as much."""
 
