@@ -6,12 +6,14 @@
 #   benchmarks/gpu.sh data            there, once for each portion of parts that was carried in: collect and unpack
 #   benchmarks/gpu.sh setup           there: install the wheels if anything is missing, and say what the machine is
 #   benchmarks/gpu.sh bench           there: the table of `instar bench`, and where a step's time goes
+#   benchmarks/gpu.sh accelerate      there: the attack captured as CUDA graphs and compiled, beside itself without
 #   benchmarks/gpu.sh main            there, until it says "finished": ResNet-18, 100 epochs of PGD-10 AT on CIFAR-10
 #   benchmarks/gpu.sh methods         there, until it says "finished": PGD-AT, GAIRAT, SPAT, P-SAT and ISEAT
 #   benchmarks/gpu.sh evaluate        there, until it says "finished": AutoAttack on N test images for each run
 #   benchmarks/gpu.sh results [FROM]  there: what is worth keeping, in files of at most 15 MB, eight a call
 #
 # Exit status: 0 finished, 3 not finished (call the stage again), anything else a failure.
+# ACCELERATE (none) is how training attacks: graphs, compile or both, if the table says that it is worth while.
 # STORE is kept between calls there; OUT is what comes back. TINY=1 does everything with the embedded digits in seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,11 +31,14 @@ export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 if [ "$TINY" = 1 ]; then
   LIMIT=${LIMIT:-60} DATA=digits N=${N:-10} WIDTH=4 EPOCHS=${EPOCHS:-2} SHORT_EPOCHS=1 BATCH=256 MODEL=small_cnn
   METHODS=${METHODS:-pgd_at p_sat} DEVICE=cpu BENCH="pgd_at --batch-size 8 --turns 1 --steps 1 --no-memory"
+  FASTER="pgd_at --batch-size 8 --turns 1 --steps 1 --no-memory" WAYS=${WAYS:-compile}
 else
   LIMIT=${LIMIT:-500} DATA=cifar10 N=${N:-1000} WIDTH=64 EPOCHS=${EPOCHS:-100} SHORT_EPOCHS=${SHORT_EPOCHS:-16} BATCH=${BATCH:-128}
   MODEL=resnet18 METHODS=${METHODS:-pgd_at gairat spat p_sat iseat} DEVICE=${DEVICE:-auto}
   BENCH="--baseline --turns 5 --steps 10 --batch-size $BATCH"
+  FASTER="pgd_at gairat trades --turns 5 --steps 10 --batch-size $BATCH" WAYS=${WAYS:-graphs both}
 fi
+ACCELERATE=${ACCELERATE:-none}
 SOURCE=${INSTAR_DATA:-$HOME/.cache/instar/data} # where the data set lies that is packed
 export INSTAR_DATA=$STORE/data
 RUNS=$STORE/runs
@@ -56,7 +61,7 @@ train() { # name, epochs, recipe
     where+=(--resume)
   else
     where=("$3" "${where[@]}" --data "$DATA" --model "$MODEL" --width "$WIDTH" --epochs "$2" --batch-size "$BATCH"
-      --device "$DEVICE" --save-every 60)
+      --device "$DEVICE" --accelerate "$ACCELERATE" --save-every 60)
   fi
   timeout --signal=TERM --kill-after=30 "$limit" "$PYTHON" -m instar train "${where[@]}" || status=$?
   case $status in
@@ -131,6 +136,13 @@ case $STAGE in
     "$PYTHON" benchmarks/profile_step.py --data "$DATA" --model "$MODEL" --width "$WIDTH" --batch-size "$BATCH" \
       --device "$DEVICE" --out "$STORE/bench"
     ;;
+  accelerate)
+    for way in $WAYS; do # one that this machine lacks something for is no reason to stop
+      mkdir -p "$STORE/bench/$way" # shellcheck disable=SC2086  # the flags are words
+      instar bench $FASTER --accelerate "$way" --without graphs --without compile --data "$DATA" --model "$MODEL" \
+        --width "$WIDTH" --device "$DEVICE" --out "$STORE/bench/$way" || echo "not measured: $way"
+    done
+    ;;
   main)
     train main "$EPOCHS" pgd_at
     echo "finished: $(tail -n 1 "$RUNS/main/log.jsonl")"
@@ -159,7 +171,7 @@ case $STAGE in
     fi
     ;;
   *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0"
+    sed -n '2,19s/^# \{0,1\}//p' "$0"
     [ "$STAGE" = help ] || exit 2
     ;;
 esac

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from instar.data import AUGMENTATIONS, DatasetInfo, Images, extra_count
-from instar.errors import UserError, unknown
+from instar.errors import UserError, first_line, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
 from instar.methods import RECIPES, Recipe
@@ -31,7 +31,7 @@ from instar.weightspace import EMA
 GUARDS = frozenset({"on_nan", "loss_limit", "on_collapse", "probe_every", "deterministic"})
 """Settings of guards: they decide no number while nothing goes wrong, and what they did is in the state."""
 INDIFFERENT = GUARDS | frozenset(
-    {"root", "device", "accumulate", "shard", "save_every", "save_steps", "keep_every", "keep_newest"},
+    {"root", "device", "accelerate", "accumulate", "shard", "save_every", "save_steps", "keep_every", "keep_newest"},
 )
 """Settings that decide no number of a run, only where it is made and what is kept of it: a resume may change them."""
 
@@ -81,6 +81,9 @@ class Settings:
         precision: ``bf16``, ``float32``, or ``auto`` (bf16 where the hardware computes it).
         channels_last: Whether images are laid out as NHWC, which convolutions are faster in.
         fold: Whether eval-mode attacks run on a copy with BatchNorm folded into the convolutions.
+        accelerate: What PyTorch may do to eval-mode attacks on that copy: ``compile`` its passes (seconds to minutes at
+            the start), capture the whole attack as CUDA ``graphs``, ``both``, or ``none``; ``auto`` takes graphs on a
+            GPU. An attack that stops instances is not captured.
         save_every: Seconds between saves of the state within an epoch; one is made at each epoch's end anyway. None
             means 300, or a hundred times what the last save took where that is longer: saving costs 1 % at most.
         save_steps: Optimiser steps of the run between further saves; 0 leaves it to `save_every`.
@@ -134,6 +137,7 @@ class Settings:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
     fold: bool = True
+    accelerate: Literal["none", "compile", "graphs", "both", "auto"] = "none"
     save_every: float | None = None
     save_steps: int = 0
     keep_every: int = 0
@@ -168,6 +172,8 @@ class Settings:
             given = getattr(self, entry.name)
             if isinstance(given, str) and choices and all(isinstance(c, str) for c in choices) and given not in choices:
                 raise unknown(entry.name, given, choices)
+        if not self.fold and self.accelerate not in ("none", "auto"):
+            raise UserError(f"accelerate={self.accelerate} works on the folded copy of the network: leave fold at true")
         if any(drop[0] < 0 for drop in self.drops) or list(self.drops) != sorted(self.drops):
             raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
@@ -345,6 +351,41 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() if device.type == "cpu" else False
     return torch.bfloat16 if native else torch.float32
+
+
+def choose_acceleration(name: str, device: torch.device) -> str:
+    """What is done to attacks in the end: ``none``, ``compile``, ``graphs`` or ``both``.
+
+    Raises:
+        UserError: Graphs without a GPU, or compiling where PyTorch cannot.
+
+    Example:
+        >>> choose_acceleration("auto", torch.device("cpu"))
+        'none'
+    """
+    if name == "auto":
+        return "graphs" if device.type == "cuda" else "none"
+    if name in ("graphs", "both") and device.type != "cuda":
+        raise UserError(
+            f"accelerate={name} captures CUDA graphs, which need a GPU, and this runs on a {device.type} device: take "
+            "accelerate=compile, auto or none"
+        )
+    if name in ("compile", "both"):
+        _check_compiler(device)
+    return name
+
+
+@functools.cache
+def _check_compiler(device: torch.device) -> None:
+    """Compile next to nothing, which fails where anything is missing that compiling needs."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # PyTorch's backends fail in any way they like
+        needed = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
+        raise UserError(
+            f"accelerate=compile does not work here: PyTorch needs {needed} for it ({first_line(error)}). Without it: "
+            "accelerate=none"
+        ) from None
 
 
 def find_recipe(name: str) -> Recipe:

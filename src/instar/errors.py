@@ -38,6 +38,16 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
+def first_line(error: BaseException) -> str:
+    r"""What somebody else's exception says, in a line; its name where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such thing\nbecause of that")), first_line(KeyError())
+        ('no such thing', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest names that do.
 

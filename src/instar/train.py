@@ -27,13 +27,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 import instar
-from instar.attacks import PGD, Folded, FoldingError, fold
+from instar.attacks import PGD, Captured, Folded, FoldingError, accelerated, fold
 from instar.checkpoint import State, load_state
 from instar.config import (
     INDIFFERENT,
     Settings,
     build_method,
     build_network,
+    choose_acceleration,
     choose_device,
     choose_precision,
     find_recipe,
@@ -179,6 +180,7 @@ class _Run:
     rows: int
     device: torch.device
     precision: torch.dtype
+    acceleration: str
     saves: Saves
     on_event: Callable[[Event], None]
     note: Callable[[str], None]
@@ -308,6 +310,7 @@ def _train_together(
     check_divisible(method, processes=group.size, accumulate=chosen.accumulate)
     device = group.device(choose_device(chosen.device))
     precision = choose_precision(chosen.precision, device)
+    acceleration = choose_acceleration(chosen.accelerate, device)
     network = _network(model, chosen, images, method)
     _check_requirement(method, network)
     sharded = chosen.shard == "full" and not group.alone
@@ -333,6 +336,7 @@ def _train_together(
     _note_what_sees_the_batch(network, chosen, group, note)
     extra = ExtraImages.open(chosen.extra, info=info, note=note) if chosen.extra else None
     described = _describe(recipe, method, chosen, network, images, selection, device, precision, group)
+    described["acceleration"] = acceleration
     if extra is not None:
         described["data"]["extra"] = {"images": len(extra), "labels": extra.digest()}
     fingerprint = _fingerprint(described)
@@ -357,6 +361,7 @@ def _train_together(
         rows=len(images),
         device=device,
         precision=precision,
+        acceleration=acceleration,
         saves=Saves(out, fingerprint=fingerprint, settings=chosen, note=note),
         on_event=on_event,
         note=note,
@@ -425,9 +430,9 @@ def resume(
         on_event: See `train`.
         note: See `train`.
         trust: Whether a method or model in a file or module of your own, which the run names, may be run.
-        **where: `root`, `device`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every`, `keep_newest` and
-            what the guards do (`on_nan`, `loss_limit`, `on_collapse`, `probe_every`, `deterministic`) may differ from
-            those of the interrupted run, as may the number of processes.
+        **where: `root`, `device`, `accelerate`, `accumulate`, `shard`, `save_every`, `save_steps`, `keep_every`,
+            `keep_newest` and what the guards do (`on_nan`, `loss_limit`, `on_collapse`, `probe_every`,
+            `deterministic`) may differ from those of the interrupted run, as may the number of processes.
 
     Returns:
         The finished run.
@@ -642,9 +647,12 @@ def _fresh_state(run: _Run, network: nn.Module) -> State:
     )
 
 
-def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
+def _stand_in(run: _Run, network: nn.Module) -> Folded | Captured | None:
     """The copy that eval-mode attacks run on, or None where the model or the method does not allow one."""
+    asked = run.settings.accelerate if run.settings.accelerate != "auto" else "none"
     if not run.settings.fold or getattr(run.method.attack, "mode", None) != "eval":
+        if asked != "none":
+            run.note(f"accelerate={asked} is not used: the attack does not run in eval mode, on a folded copy")
         return None
     if run.shards is not None:
         run.note("the attack runs on the sharded model itself, which is slower than on a folded copy (--fold)")
@@ -652,10 +660,11 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | None:
     half = None if run.precision == torch.float32 else run.precision
     images = as_float(run.train.images.fetch(run.train.indices[:4])).to(run.device)
     try:
-        return fold(network, images, dtype=half, channels_last=run.settings.channels_last)
+        stand_in = fold(network, images, dtype=half, channels_last=run.settings.channels_last)
     except FoldingError as error:
         run.note(f"the attack runs on the model itself, which is slower: it cannot be folded ({error})")
         return None
+    return accelerated(stand_in, run.acceleration, run.device, run.note if asked != "none" else _ignore)
 
 
 def _train(run: _Run, state: State) -> Result:
@@ -693,7 +702,7 @@ def _evaluated(state: State) -> nn.Module:
     return state.average if state.average is not None else state.model
 
 
-def _epoch(run: _Run, state: State, stand_in: Folded | None, requested: list[int]) -> bool:
+def _epoch(run: _Run, state: State, stand_in: Folded | Captured | None, requested: list[int]) -> bool:
     """Train from ``state.step`` to the end of the epoch; False where the run went back to the last save instead."""
     settings, epoch = run.settings, state.epoch
     state.model.train()
@@ -813,7 +822,9 @@ def _stream(run: _Run, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
         yield mix(batch, len(images.classes), draws).share(run.group)
 
 
-def _step(run: _Run, state: State, stand_in: Folded | None, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+def _step(
+    run: _Run, state: State, stand_in: Folded | Captured | None, batch: Batch, progress: Progress
+) -> dict[str, Tensor]:
     """One optimiser step with its average and instance table; random numbers are keyed by where the run stands.
 
     Returns:

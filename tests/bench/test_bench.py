@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import instar
 from instar.attacks import PGD
-from instar.bench import Budget, Case, bench, in_turns, matmul_rate, official, operations, prepare, ratio_of
+from instar.bench import SWITCHES, Budget, Case, bench, in_turns, matmul_rate, official, operations, prepare, ratio_of
 from instar.bench.child import memory
 from instar.bench.subject import _EveryGradient, _Recomputing, cases_of
 from instar.cli import main
@@ -153,6 +154,55 @@ def test_a_row_is_left_out_where_a_trick_is_not_used() -> None:
     assert not any("bf16" in case for case in found)
 
 
+def test_a_row_without_acceleration_is_of_the_methods_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instar.bench.subject.choose_acceleration", lambda name, device: name)
+    named = {name: None for name in ("pgd_at", "trades", "p_sat", "iseat")}
+    found = cases_of(named, without=tuple(SWITCHES), baseline=True, common={"accelerate": "both", "precision": "bf16"})
+    ways = {(case.recipe, case.style, *case.without): case.acceleration for case in found}
+    assert ways["pgd_at", "instar"] == "both"
+    assert ways["pgd_at", "instar", "graphs"] == "compile"
+    assert ways["pgd_at", "instar", "compile"] == "graphs"
+    assert ways["pgd_at", "official"] == "none"
+    assert ways["p_sat", "instar", "compile"] == "graphs"
+    assert ("p_sat", "instar", "graphs") not in ways  # its attack stops instances
+    assert ("iseat", "instar", "compile") not in ways  # which attacks in train mode
+    # What wastes work on purpose wraps the network or has no copy of it: nothing of it could be captured.
+    assert not any({"fold", "input_gradients", "shared_logits"} & set(way) for way in ways)
+    assert ("trades", "instar", "bf16") in ways
+    plain = cases_of({"pgd_at": None}, without=("graphs", "compile"), common={"accelerate": "none"})
+    assert len(plain) == 1
+
+
+def test_what_is_accelerated_is_ready_before_the_clock_and_counted_as_what_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+
+    class Again:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, work: Any) -> instar.attacks.Recording:
+            events.append("recorded")
+            return instar.attacks.Recording(work(), lambda: events.append("replayed"))
+
+    monkeypatch.setattr("instar.attacks.captured.CudaGraphs", Again)
+    monkeypatch.setattr("instar.bench.subject.choose_acceleration", lambda name, device: name)
+    found = bench(
+        ["pgd_at"],
+        without=["graphs"],
+        turns=1,
+        steps=1,
+        accelerate="graphs",
+        measure_memory=False,
+        note=events.append,
+        **SMALL,
+    )
+    assert events == ["2 cases on cpu", "recorded", "replayed", "replayed", "warmed up", "replayed", "turn 1 of 1"]
+    assert found["pgd_at"].operations == found["pgd_at, without graphs"].operations > 0
+    assert "accelerate=graphs" in found.what()
+
+
 def test_the_table_tells_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instar.bench.measure.memory", lambda case: (3 * 2**20, 2**20))
     found = bench(["pgd_at", "p_sat"], baseline=True, turns=2, steps=1, out=tmp_path, **SMALL)
@@ -196,6 +246,8 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
         (["pgd_at", "--at", "2"], "at must"),
         (["pgd_at", "--data", "nosuch"], "nosuch"),
         (["pgd_at", "--nosuch"], "flag"),
+        (["pgd_at", "--accelerate", "fast"], "accelerate"),
+        (["pgd_at", "--accelerate", "graphs"], "need a GPU"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="machines with GPUs run Linux: the tools are GNU's")
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
 PYTHON = """#!/usr/bin/env bash
-# Remembers its words; a training run of the recipe that FAILS names, or a second of SLOW, does not get done.
+# Remembers its words; a run or table in the folder that FAILS names, or a second of SLOW, does not get done.
 echo "$*" >> "$CALLS"
 words=" $* "
 out=$(sed -n 's/.* --out \\([^ ]*\\) .*/\\1/p' <<< "$words")
@@ -20,6 +20,8 @@ if [[ $words == *" train "* ]]; then
   mkdir -p "$out" && touch "$out/run.json" && echo '{"epoch": 0}' >> "$out/log.jsonl"
   if [[ -n ${FAILS:-} && $out == *"$FAILS" ]]; then exit 2; fi
   if [[ -n ${SLOW:-} && $out == *"$SLOW" ]]; then exit 143; fi
+elif [[ $words == *" bench "* && -n ${FAILS:-} && $out == *"$FAILS" ]]; then
+  exit 2
 elif [[ $words == *" evaluate "* ]]; then
   if [[ -n ${SLOW:-} && $words == *"/$SLOW "* ]]; then exit 130; fi
 fi
@@ -113,6 +115,24 @@ def test_a_run_that_was_stopped_is_resumed_and_a_finished_one_left_alone(machine
     assert again.returncode == 0
     assert "finished: {" in again.stdout
     assert machine.asked() == []
+
+
+def test_the_attack_is_timed_with_and_without_each_way_of_making_it_faster(machine: Machine) -> None:
+    assert machine("accelerate", WAYS="graphs both").returncode == 0
+    for way, line in zip(("graphs", "both"), machine.asked(), strict=True):
+        assert f"-m instar bench pgd_at --batch-size 8 --turns 1 --steps 1 --no-memory --accelerate {way}" in line
+        assert "--without graphs --without compile" in line
+        assert line.endswith(f"/bench/{way}")
+    done = machine("accelerate", WAYS="graphs both", FAILS="bench/graphs")
+    assert done.returncode == 0
+    assert "not measured: graphs" in done.stdout
+    assert len(machine.asked()) == 2
+
+
+def test_training_attacks_as_it_is_told(machine: Machine) -> None:
+    machine("main", ACCELERATE="graphs")
+    (line,) = machine.asked()
+    assert "--accelerate graphs" in line
 
 
 def test_methods_are_trained_one_after_the_other(machine: Machine) -> None:

@@ -1,6 +1,7 @@
 """Attacks: from a model and a batch to an `Adversary`."""
 
 from instar.attacks.attack import Attack, NoAttack
+from instar.attacks.captured import Captured, CudaGraphs, Recording, accelerated
 from instar.attacks.folded import Folded, FoldingError, fold
 from instar.attacks.odi import OutputDiversified
 from instar.attacks.pgd import PGD
@@ -13,6 +14,8 @@ from instar.attacks.turns import MultiTargeted, Restarts, in_turn, passes
 __all__ = [
     "PGD",
     "Attack",
+    "Captured",
+    "CudaGraphs",
     "Folded",
     "FoldingError",
     "Gaussian",
@@ -20,6 +23,7 @@ __all__ = [
     "MultiTargeted",
     "NoAttack",
     "OutputDiversified",
+    "Recording",
     "Restarts",
     "Several",
     "Square",
@@ -27,6 +31,7 @@ __all__ = [
     "Transfer",
     "Uniform",
     "Zero",
+    "accelerated",
     "fold",
     "in_turn",
     "passes",

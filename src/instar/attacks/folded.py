@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
+from instar.errors import first_line
 from instar.models.heads import logit_scale
 from instar.models.normalize import Normalize
-from instar.models.precision import FloatLinear, trace
+from instar.models.precision import FloatLinear, trace, without_autocast
 from instar.modes import forward_mode
 
 
@@ -49,7 +51,7 @@ def fold(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, 
             pairs = [(plain(probe), model(probe)) for probe in (images, *_probes(images))]
             changed = _state(model) != before
         except Exception as error:  # foreign code fails to trace in any way it likes
-            raise FoldingError(str(error).strip().partition("\n")[0] or type(error).__name__) from None
+            raise FoldingError(first_line(error)) from None
         if changed:
             raise FoldingError("the model changes as it is called, which a copy of its graph would not")
         if not all(_same(ours, theirs) for ours, theirs in pairs):
@@ -136,6 +138,9 @@ class Folded(nn.Module):
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._pairs = _fold_in_place(self._net)
         self._dtype = dtype
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._shape: torch.Size | None = None
+        self._note: Callable[[str], None] = lambda line: None
         self._whole = {
             name for name, module in self._net.named_modules() if isinstance(module, FloatLinear | Normalize)
         }
@@ -179,9 +184,43 @@ class Folded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) for images (B, C, H, W), in at least the model's own precision."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = self._net(x.contiguous(memory_format=self._format))
+        given = x.contiguous(memory_format=self._format)
+        with without_autocast(x.device.type):
+            logits = None if self._compiled is None else self._by_compiled(given)
+            logits = self._net(given) if logits is None else logits
         return logits.to(x.dtype)
+
+    def compile_passes(self, note: Callable[[str], None] = lambda line: None) -> None:
+        """Let PyTorch compile the forward and the backward pass, for images of the shape that comes first.
+
+        Images of any other shape (the rest of a data set, a batch that instances leave) take the uncompiled network:
+        each shape would be compiled anew. `refresh` writes in place, so that nothing is compiled again after it. The
+        compiling itself happens in the first passes and takes seconds to minutes.
+
+        Args:
+            note: Told when PyTorch cannot compile this network, which then runs uncompiled.
+        """
+        # This copy's own generated code, not a method that all copies share: PyTorch counts recompilations by code.
+        self._compiled = torch.compile(self._net.forward, dynamic=False)
+        self._note = note
+
+    def _by_compiled(self, x: Tensor) -> Tensor | None:
+        """The logits, or None where they must come from the uncompiled network."""
+        assert self._compiled is not None
+        first = self._shape is None
+        self._shape = x.shape if self._shape is None else self._shape
+        if x.shape != self._shape:
+            return None
+        try:
+            if first:  # the backward pass, too, fails here or never
+                with torch.enable_grad():
+                    leaf = x.detach().requires_grad_()
+                    torch.autograd.grad(self._compiled(leaf).sum(), leaf)
+            return self._compiled(x)
+        except Exception as error:  # PyTorch's compilers fail in any way they like
+            self._compiled = None
+            self._note(f"PyTorch cannot compile this network, which runs uncompiled: {first_line(error)}")
+            return None
 
     def train(self, mode: bool = True) -> Folded:
         """Stays in eval mode: the running statistics are in the weights."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from instar.attacks.attack import Attack, counts
+from instar.attacks.captured import Captured
 from instar.attacks.start import Start, Uniform
 from instar.errors import UserError
 from instar.evidence import Adversary, Batch, Evidence
@@ -123,6 +124,11 @@ class PGD(Attack):
         most = 1.0 if self.ball.norm == "Linf" else math.inf
         return replace(self.ball, eps=min(scale * self.ball.radius + steps * step_size, most))
 
+    @property
+    def rule(self) -> Signal | None:
+        """The rule that may stop instances; None where there is none, or where it can stop nothing at this point."""
+        return None if self.stop is None or self.stop.idle else self.stop
+
     def numbers(self) -> tuple[int, float]:
         """`steps` and `step_size`, resolved.
 
@@ -139,8 +145,10 @@ class PGD(Attack):
         Raises:
             UserError: `steps` or `step_size` is still a schedule.
         """
+        if isinstance(model, Captured):
+            return model.attack(self, batch, generator=generator)
         steps, step_size = self.numbers()
-        stop = None if self.stop is None or self.stop.idle else self.stop
+        stop = self.rule
         if stop is not None:
             self._take_references(stop, model, batch, generator)
         x, y = batch.x, batch.y

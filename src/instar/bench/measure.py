@@ -88,10 +88,12 @@ def bench(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(cases[0].seed)
         subjects = {case.name: prepare(case) for case in cases}
-        notes = [line for subject in subjects.values() for line in subject.notes]
         note(f"{len(cases)} cases on {device}")
         # One after the other within the same minute; counting makes a step slower, so that it comes before the clock.
-        counted = {name: operations(functools.partial(subject.step, 0)) for name, subject in subjects.items()}
+        counted = {name: operations(functools.partial(subject.plain, 0)) for name, subject in subjects.items()}
+        for subject in subjects.values():
+            subject.rehearse()
+        notes = [line for subject in subjects.values() for line in subject.notes]
         precisions = sorted({subject.precision for subject in subjects.values()}, key=str)
         rates = {_named(precision): matmul_rate(precision, device, clock=clock)[0] for precision in precisions}
         timed = in_turns(

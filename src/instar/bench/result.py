@@ -112,7 +112,8 @@ class Benchmark:
         case = self.rows[0].case
         width = "" if case.width is None else f" of width {case.width}"
         data = "random images" if case.data == "random" else case.data
-        return f"{case.model}{width}, batch {case.batch_size}, {data}, schedules at {case.at:.0%} of the run"
+        faster = "" if case.accelerate == "none" else f", accelerate={case.accelerate}"
+        return f"{case.model}{width}, batch {case.batch_size}, {data}, schedules at {case.at:.0%} of the run{faster}"
 
     def how(self) -> str:
         """How it was timed and on what, in a line."""

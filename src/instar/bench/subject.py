@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from instar.attacks import PGD, FoldingError, fold
+from instar.attacks import PGD, Captured, Folded, FoldingError, accelerated, fold
 from instar.bench.official import Budget, official
-from instar.config import Settings, build_method, build_network, choose_device, choose_precision, find_recipe
+from instar.config import (
+    Settings,
+    build_method,
+    build_network,
+    choose_acceleration,
+    choose_device,
+    choose_precision,
+    find_recipe,
+)
 from instar.data import DatasetInfo, Images, ResidentImages, TrainSplit, augmentation, batches, info, load
 from instar.errors import UserError, unknown
 from instar.evidence import Batch
@@ -33,6 +42,8 @@ SWITCHES = {
     "input_gradients": "leaving out the weight gradients in the attack",
     "shared_logits": "clean logits computed once for all attack steps",
     "compaction": "leaving out the instances that have stopped, in attacks that stop early",
+    "compile": "compiling the passes of the attack (with --accelerate compile or both)",
+    "graphs": "capturing the attack as CUDA graphs (with --accelerate graphs, both or auto)",
 }
 """Each can be left out of our steps, to see what it gives."""
 
@@ -40,6 +51,8 @@ RANDOM_ROWS = 2048
 HELD = 4
 """Batches that the steps go through in turn."""
 LR = 0.01
+REHEARSALS = 2
+"""Steps after which everything is compiled and captured."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class Case:
         init: Weights to begin from, or None.
         batch_size: Instances in a step.
         precision: ``"auto"``, ``"bf16"`` or ``"float32"``; the official style is float32.
+        accelerate: ``"none"``, ``"compile"``, ``"graphs"``, ``"both"`` or ``"auto"``, as of `Settings`; the official
+            style has none.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         at: Where in the run the schedules stand, in [0, 1].
         seed: Seed of weights, images and attacks.
@@ -74,6 +89,7 @@ class Case:
     init: str | None = None
     batch_size: int = 128
     precision: str = "auto"
+    accelerate: str = "none"
     device: str = "auto"
     at: float = 1.0
     seed: int = 0
@@ -89,6 +105,19 @@ class Case:
         """Its fields, as JSON holds them."""
         return dataclasses.asdict(self)
 
+    @property
+    def acceleration(self) -> str:
+        """What is done to the attack, without what is left out: ``none``, ``compile``, ``graphs`` or ``both``.
+
+        Raises:
+            UserError: It cannot be done here.
+        """
+        ways = {"none": set(), "compile": {"compile"}, "graphs": {"graphs"}, "both": {"compile", "graphs"}}
+        if self.accelerate not in (*ways, "auto"):
+            raise unknown("accelerate", self.accelerate, [*ways, "auto"])
+        left = ways[choose_acceleration(self.accelerate, choose_device(self.device))] - set(self.without)
+        return next(how for how, parts in ways.items() if parts == left)
+
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Case:
         """The case of `to_json`."""
@@ -101,6 +130,7 @@ class Subject:
 
     Attributes:
         step: Makes one update; its argument is the number of the step.
+        plain: The same update without compiled or captured parts, of which operations can be counted.
         device: Where.
         precision: Of the convolutions.
         method: With its schedules resolved.
@@ -108,10 +138,17 @@ class Subject:
     """
 
     step: Callable[[int], None]
+    plain: Callable[[int], None]
     device: torch.device
     precision: torch.dtype
     method: Method
     notes: list[str] = field(default_factory=list)
+
+    def rehearse(self) -> None:
+        """Make steps until whatever is compiled or captured is, so that no clock sees it; nothing where nothing is."""
+        if self.step is not self.plain:
+            for number in range(REHEARSALS):
+                self.step(number)
 
 
 def known_data(data: str, root: str | None) -> DatasetInfo:
@@ -151,7 +188,7 @@ def cases_of(
         found.append(case)
         found += [replace(case, without=(switch,)) for switch in without if _matters(switch, method, case)]
         if baseline and name in OFFICIAL:
-            found.append(replace(case, style="official", precision="float32"))
+            found.append(replace(case, style="official", precision="float32", accelerate="none"))
     return found
 
 
@@ -160,10 +197,14 @@ def _matters(switch: str, method: Method, case: Case) -> bool:
     attack = method.attack
     if switch == "compaction":
         return getattr(attack, "stop", None) is not None
+    eager = case.acceleration == "none"  # what is compiled or captured is the folded copy alone
     if switch == "shared_logits":
-        return "clean" in attack.needs
+        return "clean" in attack.needs and eager
     if switch in ("fold", "input_gradients"):
-        return getattr(attack, "mode", None) == "eval"
+        return getattr(attack, "mode", None) == "eval" and eager
+    if switch in ("compile", "graphs"):
+        used = getattr(attack, "mode", None) == "eval" and case.acceleration in (switch, "both")
+        return used and (switch == "compile" or getattr(attack, "stop", None) is None)
     return switch != "bf16" or case.precision != "float32"
 
 
@@ -193,9 +234,11 @@ def prepare(case: Case) -> Subject:
             raise UserError(f"the official style of {case.recipe} is for PGD in Linf; got {attack!r}")
         steps, step_size = attack.numbers()
         budget, single = Budget(attack.ball.radius, step_size, steps), official(case.recipe)
-        return Subject(
-            lambda number: single(network, optimizer, *held[number % len(held)], budget), device, precision, method
-        )
+
+        def update(number: int) -> None:
+            single(network, optimizer, *held[number % len(held)], budget)
+
+        return Subject(update, update, device, precision, method)
     notes: list[str] = []
     if "compaction" in left_out and isinstance(method.attack, PGD):
         method = replace(method, attack=replace(method.attack, compact=False))
@@ -207,13 +250,11 @@ def prepare(case: Case) -> Subject:
         except FoldingError as error:
             notes.append(f"{case.model} cannot be folded ({error}): the attack runs on the model itself")
     table = InstanceTable(len(images), remembered=tuple(name for name, _ in method.remember), device=device)
-    return Subject(
-        _OurStep(case, method, network, optimizer, stand_in, table, held, precision, device),
-        device,
-        precision,
-        method,
-        notes,
-    )
+    step = eager = _OurStep(case, method, network, optimizer, stand_in, table, held, precision, device)
+    if stand_in is not None and case.acceleration != "none":
+        faster = accelerated(copy.deepcopy(stand_in), case.acceleration, device, notes.append)
+        step = _OurStep(case, method, network, optimizer, faster, table, held, precision, device)
+    return Subject(step, eager, device, precision, method, notes)
 
 
 def _method(case: Case) -> Method:
@@ -278,7 +319,7 @@ class _OurStep:
         method: Method,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        stand_in: nn.Module | None,
+        stand_in: Folded | Captured | None,
         table: InstanceTable,
         held: list[tuple[Tensor, Tensor]],
         precision: torch.dtype,
@@ -292,7 +333,7 @@ class _OurStep:
         x, y = self.held[number % len(self.held)]
         index = (torch.arange(len(y), device=y.device) + number * len(y)) % len(self.table)
         if self.stand_in is not None:
-            self.stand_in.refresh(self.network)  # type: ignore[operator]
+            self.stand_in.refresh(self.network)
         half = self.precision != torch.float32
         with torch.autocast(self.device.type, dtype=self.precision if half else torch.bfloat16, enabled=half):
             computed, remembered = training_step(
@@ -310,7 +351,7 @@ class _OurStep:
 
     def _attacked(self, x: Tensor) -> nn.Module | None:
         """What the attack runs on, which wastes what the case leaves out."""
-        attacked = self.stand_in
+        attacked: nn.Module | None = self.stand_in
         if "input_gradients" in self.case.without:
             attacked = _EveryGradient(attacked if attacked is not None else self.network)
         if "shared_logits" in self.case.without:

@@ -40,6 +40,7 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--steps", type=int, default=2, help="steps of each case in a turn")
     made.add_argument("--turns", type=int, default=5, help="turns that count; one before them warms up")
     made.add_argument("--precision", type=str, default="auto", help="bf16, float32 or auto")
+    made.add_argument("--accelerate", type=str, default="none", help="none, compile, graphs, both or auto, as in train")
     made.add_argument("--at", type=float, default=1.0, help="where in the run schedules stand, from 0 to 1")
     made.add_argument("--clock", type=str, default="wall", help=f"{' or '.join(CLOCKS)}: cpu on a busy machine")
     made.add_argument("--no_memory", action="store_true", help="do not measure memory, which takes a process each")
@@ -53,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"width must be at least 1; got {given.width}")
     without = list(SWITCHES) if "all" in given.without else given.without
     common = {name: getattr(given, name) for name in ("data", "root", "model", "width", "init", "batch_size")}
-    common |= {name: getattr(given, name) for name in ("precision", "at", "device", "seed")}
+    common |= {name: getattr(given, name) for name in ("precision", "accelerate", "at", "device", "seed")}
     found = bench(
         recipes or MAIN,
         without=without,

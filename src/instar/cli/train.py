@@ -101,6 +101,7 @@ def _resume(words: Sequence[str]) -> int:
     made.add_argument("--trust", action="store_true", help="run the code of your own that the run names")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in, if it has moved")
     made.add_argument("--device", type=str, default=None, help="cpu, cuda or auto, if it differs")
+    made.add_argument("--accelerate", type=str, default=None, help="none, compile, graphs, both or auto, if it differs")
     made.add_argument("--accumulate", type=int, default=None, help="pieces of each process's batch, if it differs")
     made.add_argument("--save_every", type=float, default=None, help="seconds between saves, if they differ")
     made.add_argument("--save_steps", type=int, default=None, help="optimiser steps between saves, if they differ")
