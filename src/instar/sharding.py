@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -229,25 +229,45 @@ class Shards:
         self._whole = state if group.leads else None
         # The first process keeps the whole network, in the memory of its host, as the form in which files are written.
         model, average = copy.deepcopy((state.model, state.average)) if group.leads else (state.model, state.average)
+        self._forms = _form(model), None if average is None else _form(average)
         before = dict(state.model.named_parameters())
         shard(model, group=group, device=device)
         if average is not None:
             shard(average, group=group, device=device)
-        after = dict(model.named_parameters())
-        self._names = {id(p): name for name, p in before.items()}
-        optimizer = self._optimizer(state.optimizer, after)
+        optimizer = _over(state.optimizer, before, dict(model.named_parameters()))
         self.state = dataclasses.replace(state, model=model, average=average, optimizer=optimizer)
 
-    def _optimizer(self, plain: torch.optim.Optimizer, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The same optimiser over shards, with what it remembers."""
-        groups = [
-            {**group, "params": [shards[self._names[id(p)]] for p in group["params"]]} for group in plain.param_groups
-        ]
-        made: torch.optim.Optimizer = type(plain)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
-        for parameter, entries in plain.state.items():
-            owner = shards[self._names[id(parameter)]]
-            made.state[owner] = {key: _share(entry, owner) for key, entry in entries.items()}
-        return made
+    def restore(self, load: Callable[[State], None]) -> None:
+        """Put another state in the place of the one that stands; all processes must ask for it.
+
+        Each process holds the whole network in the memory of its host until it is done.
+
+        Args:
+            load: Fills the whole state that it is given, in all processes alike.
+        """
+        current, plain = self.state, self._plain()
+        plain.optimizer.state.clear()
+        load(plain)
+        _spread(plain.model, current.model)
+        if plain.average is not None and current.average is not None:
+            _spread(plain.average, current.average)
+        shards = dict(current.model.named_parameters())
+        found = _over(plain.optimizer, dict(plain.model.named_parameters()), shards).state
+        current.optimizer.state.clear()
+        current.optimizer.state.update(found)
+        current.epoch, current.step, current.updates = plain.epoch, plain.step, plain.updates
+        current.best, current.seconds = plain.best, plain.seconds
+
+    def _plain(self) -> State:
+        """The state in the form in which one process holds it, on the CPU, to be filled."""
+        kept = self._whole
+        if kept is not None:
+            return dataclasses.replace(self.state, model=kept.model, average=kept.average, optimizer=kept.optimizer)
+        model, average = (None if form is None else _form(form).to_empty(device="cpu") for form in self._forms)
+        assert model is not None
+        shards, parameters = dict(self.state.model.named_parameters()), dict(model.named_parameters())
+        optimizer = _over(self.state.optimizer, shards, parameters, remembered=False)
+        return dataclasses.replace(self.state, model=model, average=average, optimizer=optimizer)
 
     def gather(self) -> State | None:
         """The whole state as it stands, on the first process's CPU; None elsewhere. All processes must ask for it."""
@@ -266,6 +286,30 @@ class Shards:
         return dataclasses.replace(current, model=kept.model, average=kept.average, optimizer=kept.optimizer)
 
 
+def _form(module: nn.Module) -> nn.Module:
+    """The same network without values, which takes no memory."""
+    values: dict[int, Tensor] = {id(b): b.to("meta") for b in module.buffers()}
+    values |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, cast("dict[int, Any]", values))
+
+
+def _over(
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+    *,
+    remembered: bool = True,
+) -> torch.optim.Optimizer:
+    """The same optimiser over other parameters of the same names, with this process's rows of what it remembers."""
+    names = {id(parameter): name for name, parameter in before.items()}
+    groups = [{**group, "params": [after[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups]
+    made: torch.optim.Optimizer = type(optimizer)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
+    for parameter, entries in optimizer.state.items() if remembered else ():
+        owner = after[names[id(parameter)]]
+        made.state[owner] = {key: _share(entry, owner) for key, entry in entries.items()}
+    return made
+
+
 def _share(entry: Any, owner: Tensor) -> Any:
     """What an optimiser remembers of a parameter, for this process's rows of it."""
     if not isinstance(entry, Tensor) or entry.shape != owner.shape:
@@ -273,6 +317,15 @@ def _share(entry: Any, owner: Tensor) -> Any:
     shard_of = torch.empty_like(owner.detach())
     put(shard_of, entry)
     return shard_of
+
+
+@torch.no_grad()
+def _spread(whole: nn.Module, shards: nn.Module) -> None:
+    """Write a whole network into this process's rows of the same."""
+    reshard(shards)
+    values = whole.state_dict()
+    for name, tensor in shards.state_dict().items():
+        put(tensor, values[name])
 
 
 @torch.no_grad()

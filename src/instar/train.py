@@ -316,8 +316,6 @@ def _train_together(
     sharded = chosen.shard == "full" and not group.alone
     if sharded:
         check_shardable(method)
-        if chosen.on_nan != "stop" or chosen.clip_grad is not None:
-            raise UserError("shard=full knows on_nan=stop alone and no clip_grad; leave them out, or use shard=none")
         network = network.cpu()  # from where it is moved in shards
     else:
         network = network.to(device)
@@ -388,6 +386,8 @@ def _train_together(
     if sharded:
         shards = Shards(state, group=group, device=device)
         run, state = dataclasses.replace(run, shards=shards), shards.state
+    if chosen.clip_grad is not None:
+        clip_gradients(state.optimizer, chosen.clip_grad)
     with contextlib.ExitStack() as layers:
         for part in (state.model, state.average):
             if part is not None:
@@ -636,8 +636,6 @@ def _fresh_state(run: _Run, network: nn.Module) -> State:
     else:
         nesterov = settings.nesterov and settings.momentum > 0
         optimizer = torch.optim.SGD(groups, lr=settings.top_lr, momentum=settings.momentum, nesterov=nesterov)
-    if settings.clip_grad is not None:
-        clip_gradients(optimizer, settings.clip_grad)
     remembered = tuple(name for name, _ in run.method.remember)
     return State(
         model=network,
@@ -751,8 +749,15 @@ def _well(run: _Run, state: State) -> bool:
     if trouble is None:
         return True
     seconds, numbers = state.seconds, (*left_out(state), trouble.update)
-    state.optimizer.state.clear()
-    load_state(state, run.saves.path, fingerprint=run.saves.fingerprint)
+
+    def load(whole: State) -> None:
+        load_state(whole, run.saves.path, fingerprint=run.saves.fingerprint)
+
+    if run.shards is not None:
+        run.shards.restore(load)
+    else:
+        state.optimizer.state.clear()
+        load(state)
     leave_out(state, numbers)
     state.seconds = seconds
     if not run.group.agree(state.updates):  # also: nobody still reads what the first process writes now

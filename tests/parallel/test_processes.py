@@ -31,6 +31,13 @@ SHARDED = ("pgd_at", "trades", "at_awp", "trades_awp", "mart_awp", "at_sam", "ga
 """What is trained in shards here, from weights in place and stop rules to teachers; `benchmarks/equal_weights.py
 --shard full` trains all that can be."""
 
+GUARDED: dict[str, dict[str, Any]] = {
+    "unguarded": {},
+    "clipped": {"clip_grad": 0.05},
+    "skipped": {"on_nan": "skip"},
+    "rolled back": {"on_nan": "rollback"},
+}
+
 
 def _all_cases(teacher: str) -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {}
@@ -81,6 +88,11 @@ def _all_cases(teacher: str) -> dict[str, dict[str, Any]]:
     cases["adamw in shards"] = cases["gairat, adamw"] | {
         "settings": settings["adamw"] | shards, "processes": [2],
     }  # fmt: skip
+    for name, chosen in GUARDED.items():
+        guarded: dict[str, Any] = {"recipe": "averaged", "norm": "batch"}
+        guarded |= {} if name in ("clipped", "unguarded") else {"poison": [1, 0]}
+        cases[f"{name}, one"] = guarded | {"settings": chosen | {"epochs": 2}, "processes": [1]}
+        cases[f"{name}, in shards"] = guarded | {"settings": chosen | shards | {"epochs": 2}, "processes": [2]}
     cases["iseat in shards"] = {"recipe": "iseat", "norm": "group", "settings": shards, "processes": [2]}
     averaged = {"recipe": "averaged", "norm": "batch"}
     cases["averaged by the same"] = averaged | {"settings": {"epochs": 2}, "processes": [1]}
@@ -266,6 +278,19 @@ def test_shards_take_pieces_and_other_optimisers_too(trained: Path) -> None:
     for case, base in (("trades_awp in shards and pieces", "trades_awp, group"), ("adamw in shards", "gairat, adamw")):
         difference, where = _difference(trained / "1" / base, trained / "2" / case)
         assert difference < LIMIT, where
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_guards_do_in_shards_what_they_do_in_one_process(name: str, trained: Path) -> None:
+    one, shards = trained / "1" / f"{name}, one", trained / "2" / f"{name}, in shards"
+    assert _difference(one, shards)[0] < LIMIT
+    if name != "unguarded":  # the guard was needed
+        weights = "model.blocks.0.conv.weight"
+        free, guarded = (
+            load_file(trained / "1" / f"{who}, one" / "checkpoints" / "state.safetensors")[weights]
+            for who in ("unguarded", name)
+        )
+        assert float((free - guarded).abs().max()) > 1e-7
 
 
 def test_a_run_may_be_taken_into_shards_and_out_of_them_at_every_resume(trained: Path) -> None:
