@@ -238,6 +238,15 @@ def test_what_cannot_be_captured_runs_as_ever_and_says_so_once(attack: I.PGD, sa
     assert said in notes[0]
 
 
+def test_a_bound_that_moves_is_told_of_once(device: torch.device) -> None:
+    notes: list[str] = []
+    stand_in = Captured(I.Folded(_network(device)), Recorder(device), notes.append)
+    for number in range(3):
+        attack = I.p_sat(steps=1, bound=number / 10).at(Progress(0, 1)).attack
+        attack(stand_in, _batch(device, number))
+    assert len(notes) == 1
+
+
 def test_a_recording_that_fails_is_given_up_and_the_attack_goes_on_from_its_start(device: torch.device) -> None:
     net, tries = _network(device), []
     notes: list[str] = []

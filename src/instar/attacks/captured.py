@@ -132,7 +132,7 @@ class Captured(nn.Module):
         self._told: set[str] = set()
         self._seen: dict[Hashable, None] = {}
         self._held: dict[Hashable, _Capture] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: tuple[float, ...] = ()
         self._attacks = 0
         self._possible = True
 
@@ -216,7 +216,8 @@ class Captured(nn.Module):
         """A recording reads addresses: drop all of them where a tensor of the network lies elsewhere now."""
         tensors = [*self.stand_in.parameters(), *self.stand_in.buffers()]
         scale = self.stand_in.logit_scale
-        addresses = tuple(t.data_ptr() for t in [*tensors, *([scale] if isinstance(scale, Tensor) else [])])
+        at = scale.data_ptr() if isinstance(scale, Tensor) else scale  # a number is recorded as what it is
+        addresses = (*(tensor.data_ptr() for tensor in tensors), at)
         if addresses != self._addresses:
             self._held.clear()
             self._addresses = addresses
@@ -276,7 +277,7 @@ def unfit(attack: PGD) -> str:
     if attack.mode != "eval":
         return f"BatchNorm is in mode {attack.mode!r} in it, in which a copy with BatchNorm folded away is no stand-in"
     if attack.rule is not None:
-        return f"{attack.rule!r} stops instances, and how many are left is not known before"
+        return f"{type(attack.rule).__name__} stops instances, and how many are left is not known before"
     if attack.objective.coupling:
         return f"{attack.objective!r} looks at the whole batch"
     return ""
