@@ -177,7 +177,7 @@ class Settings:
         if any(drop[0] < 0 for drop in self.drops) or list(self.drops) != sorted(self.drops):
             raise UserError(f"drops must be pairs (time, factor) in ascending order of time; got {self.drops!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise UserError(f"lr must be a number of at least 0; got {self.lr}")
+            raise UserError(f"lr must be a finite number of at least 0; got {self.lr}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay must be 0 or larger; got {self.weight_decay}")
         if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
@@ -199,9 +199,16 @@ class Settings:
             raise unknown("augment", self.augment, AUGMENTATIONS)
         if self.extra is not None:
             extra_count(self.batch_size, self.extra_fraction)
+        for entry in dataclasses.fields(self):
+            idle = self.extra is None and entry.name in ("extra_fraction", "extra_smoothing")
+            if idle and getattr(self, entry.name) != entry.default:
+                raise UserError(
+                    f"{entry.name} = {getattr(self, entry.name)} needs extra, the file of images that it is about: "
+                    "extra = FILE.npz"
+                )
         if self.patience < 0:
             raise UserError(f"patience must be a number of epochs, and 0 for none; got {self.patience}")
-        if self.selection is not None and not self.selection > 0:
+        if self.selection is not None and not 0 < self.selection < math.inf:
             raise UserError(f"selection must be a positive number of images or a share below 1; got {self.selection}")
 
     @property
@@ -218,6 +225,9 @@ class Settings:
         return int(self.selection) if self.selection >= 1 else self.selection
 
 
+_UNIONS = (types.UnionType, typing.Union)
+
+
 @functools.cache
 def _annotations() -> dict[str, Any]:
     return inspect.get_annotations(Settings, eval_str=True)
@@ -225,7 +235,7 @@ def _annotations() -> dict[str, Any]:
 
 def fits(given: Any, annotation: Any) -> bool:
     """Whether a value has the type of a field: a YAML file and a caller from Python may bring any."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
     return any(_is(given, option) for option in options)
 
 
@@ -447,10 +457,16 @@ def build_method(
         usual["step_size"] = given["eps"] / 4
     # A recipe with a step size of None derives it from eps in its own way.
     open_ = {name: item for name, item in usual.items() if name in accepted and accepted[name].default is not None}
+    _check_kinds(recipe, given)
     try:
         method = recipe(**open_ | given)
-    except TypeError as error:  # a tuple where a number belongs, as 6,0 for 6.0
+    except (TypeError, ValueError) as error:
         raise UserError(f"{recipe.__name__} does not take these arguments: {error}") from error
+    except UserError as error:  # of a part of the method, which has names of its own
+        if any(name in str(error) for name in given) or not given:
+            raise
+        shown = ", ".join(f"{name}={express(item)}" for name, item in given.items())
+        raise UserError(f"{recipe.__name__} with {shown}: {error}") from error
     if not isinstance(method, Method):
         raise UserError(f"a recipe must return a Method; {recipe.__name__} returned {type(method).__name__}")
     if settings.ema and method.average is None:
@@ -460,6 +476,29 @@ def build_method(
     for path, item in (changes or {}).items():
         method = assign(method, path, item)
     return method
+
+
+def _check_kinds(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse an argument of another kind than the recipe's annotations say; a whole number passes for an integer.
+
+    Raises:
+        UserError: With the argument, what it must be and what it is.
+    """
+    try:
+        parameters = inspect.signature(recipe, eval_str=True).parameters
+    except (NameError, TypeError, AttributeError, SyntaxError):  # annotations of a user's own that cannot be read
+        return
+    for name, item in given.items():
+        kind = parameters[name].annotation
+        whole = isinstance(item, float) and item.is_integer()
+        try:
+            good = kind is inspect.Parameter.empty or fits(item, kind) or (whole and fits(int(item), kind))
+        except TypeError:  # an annotation that is no class, such as Any
+            continue
+        if not good:
+            options = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+            names = ["nothing" if one is type(None) else getattr(one, "__name__", str(one)) for one in options]
+            raise UserError(f"{name} of {recipe.__name__} must be {' or '.join(names)}; got {item!r}")
 
 
 def smoothed(loss: Signal, smoothing: float) -> Signal:

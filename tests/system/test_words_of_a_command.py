@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from instar.cli import main
@@ -28,6 +30,78 @@ def test_a_negative_value_reaches_its_flag(value):
 def test_a_stray_word_is_not_called_a_flag():
     with pytest.raises(UserError, match=r"'extra'.*No flag stands before it"):
         parse(made(), ["--eps", "1", "extra"])
+
+
+def _numbers():
+    found = made()
+    found.add_argument("--lr", type=float | None)
+    found.add_argument("--limit", type=float, default=2.0)
+    found.add_argument("--seed", type=int)
+    found.add_argument("--name", type=str)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("inf", math.inf), (".inf", math.inf), ("-Inf", -math.inf), ("1/4", 0.25), ("-1/4", -0.25), ("2e-3", 2e-3)],
+)
+def test_a_number_may_be_written_as_the_configuration_is_printed(text, number, tmp_path):
+    file = tmp_path / "words.yaml"
+    file.write_text(f"limit: {text}\nname: a/b\n")
+    for words in (["--limit", text], [f"--limit={text}"], ["--config", str(file)]):
+        assert parse(_numbers(), words).limit == number
+    assert parse(_numbers(), ["--lr", text]).lr == number
+    assert math.isnan(parse(_numbers(), ["--limit", "nan"]).limit)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1/4"])
+def test_what_is_no_number_stays_text(text, tmp_path):
+    assert parse(_numbers(), ["--name", text, "--limit", "3"]).name == text
+    file = tmp_path / "words.yaml"
+    file.write_text(f"name: {text}\n")
+    assert parse(_numbers(), ["--config", str(file)]).name == text
+    for flag, value in (("--seed", text), ("--limit", "1/0"), ("--limit", "8/")):
+        with pytest.raises(UserError, match=f"^{flag}: expected"):
+            parse(_numbers(), [flag, value])
+
+
+def test_a_printed_configuration_is_read_back(tmp_path, capsys):
+    words = ["train", "pgd_at", "--weight-decay", "1/3", "--loss-limit", "inf", "--print-config"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "weight_decay: 1/3\n" in printed
+    assert "loss_limit: inf\n" in printed
+    (tmp_path / "c.yaml").write_text(printed, encoding="utf-8")
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_an_unknown_flag_names_the_nearest_ones_and_the_help_and_nothing_else():
+    with pytest.raises(UserError) as caught:
+        parse(made(), ["--batch-sise", "3"])
+    assert str(caught.value) == "unknown flag 'batch-sise'. Did you mean 'batch-size'? All flags: instar try --help"
+    with pytest.raises(UserError) as caught:
+        parse(made(), ["--zzzz", "3"])
+    assert str(caught.value) == "unknown flag 'zzzz'. All flags: instar try --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--extra-fraction", "2"], "extra_fraction = 2.0 needs extra, the file of images"),
+        (["--extra-smoothing", "0.1"], "extra_smoothing = 0.1 needs extra"),
+        (["--selection", "inf"], "selection must be a positive number of images"),
+        (["--lr", "inf"], "lr must be a finite number of at least 0; got inf"),
+        (["--steps", "ten"], "steps of pgd_at must be int or Schedule; got 'ten'"),
+        (["--eps", "wide"], "eps of pgd_at must be float or Schedule; got 'wide'"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_one_line_of_train(words, message, tmp_path, capsys):
+    assert main(["train", "pgd_at", *words, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_keeps_the_lines_of_a_list():
@@ -134,7 +208,7 @@ def test_commands_refuse_what_they_would_not_use(command, words, line, tmp_path,
         ("recipe: 3", "recipe in the configuration run.yaml must be a name; got 3"),
         ("{recipe: trades, preset: 3}", "preset in the configuration run.yaml must be a name; got 3"),
         ("{recipe: trades, resume: 7}", "--resume: expected true or false. Got value: 7"),
-        ("{recipe: trades, lr: .nan}", "lr must be a number of at least 0; got nan"),
+        ("{recipe: trades, lr: .nan}", "lr must be a finite number of at least 0; got nan"),
         ("{recipe: trades, lr: fast}", "--lr: expected float or null. Got value: fast"),
         ("{recipe: trades, mix: blend}", "--mix: expected one of 'none', 'cutmix', 'mixup'. Got value: blend"),
         ("{recipe: trades, weight-decay: -3}", "weight_decay must be 0 or larger; got -3"),

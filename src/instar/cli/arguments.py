@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import typing
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
 from instar.config import read_value
-from instar.errors import UserError, unknown
+from instar.errors import UserError
 
 
 class _Help(DefaultHelpFormatter):
@@ -28,7 +31,7 @@ class _Help(DefaultHelpFormatter):
 
 
 def _configuration(text: str) -> Any:
-    """YAML, in whose names dashes stand for underscores."""
+    """YAML, in whose names dashes stand for underscores, and whose numbers may be written as `--print-config` does."""
     content = get_loader("yaml")(text)
     if not isinstance(content, dict):
         return content
@@ -36,7 +39,24 @@ def _configuration(text: str) -> Any:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"the configuration has {name} twice, with a dash and with an underscore")
-    return dict(zip(names, content.values(), strict=True))
+    found = dict(zip(names, content.values(), strict=True))
+    return {name: _number(item) if name in _floats.get() else item for name, item in found.items()}
+
+
+_floats: ContextVar[frozenset[str]] = ContextVar("floats", default=frozenset())
+"""Names of the numbers that the command knows which is being parsed: of them alone ``inf`` and ``1/3`` are no text."""
+_INFINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
+_FRACTION = re.compile(r"[+-]?\d+(\.\d*)?/\d+(\.\d*)?")
+
+
+def _number(item: Any) -> Any:
+    """The number that a word stands for, though YAML calls it a word: ``inf``, ``1/3``; all else as it is."""
+    if isinstance(item, str) and _INFINITE.fullmatch(item):
+        return float(item.replace(".", ""))
+    if isinstance(item, str) and _FRACTION.fullmatch(item):
+        above, _, below = item.partition("/")
+        return float(above) / float(below) if float(below) else item
+    return item
 
 
 _YAML = "yaml with dashes"
@@ -106,10 +126,13 @@ def parse(made: ArgumentParser, words: Sequence[str]) -> Namespace:
         UserError: An unknown flag (with the nearest ones) or a value that does not fit.
     """
     normal = [re.sub(r"^--([\w-]+)", lambda m: "--" + m.group(1).replace("-", "_"), word) for word in words]
+    before = _floats.set(frozenset(action.dest for action in made._actions if _takes_float(action)))
     try:
-        given = made.parse_args(_joined(normal))
+        given = made.parse_args(_with_numbers(_joined(normal)))
     except ArgumentError as error:
         raise _one_line(str(error), made) from None
+    finally:
+        _floats.reset(before)
     for action in made._actions:
         if action.const is True and not isinstance(said := getattr(given, action.dest), bool):
             raise UserError(f"--{action.dest.replace('_', '-')}: expected true or false. Got value: {said}")
@@ -171,11 +194,27 @@ def pointed(made: ArgumentParser, words: Sequence[str], flag: str = "--target") 
     return [*([flag, loose[0]] if loose else []), *flags]
 
 
+def _takes_float(action: Any) -> bool:
+    kind = getattr(action, "_typehint", action.type)
+    return kind is float or float in typing.get_args(kind)
+
+
+def _with_numbers(words: Sequence[str]) -> list[str]:
+    """The words, with the values of numbers as YAML writes them: it calls ``inf`` a word, and ``1/3`` too."""
+    found: list[str] = []
+    for word in words:
+        flag, tied, value = word.partition("=") if word.startswith("--") else (found[-1] if found else "", "", word)
+        number = _number(value) if flag[2:] in _floats.get() else value
+        text = value if number is value else f"{number!r}".replace("inf", ".inf").replace("nan", ".nan")
+        found.append(f"{flag}={text}" if tied else text if flag != word else word)
+    return found
+
+
 def _joined(words: Sequence[str]) -> list[str]:
     """The words, with negative values tied to their flags: ``--eps -8/255`` would read as two flags."""
     found: list[str] = []
     for word in words:
-        if re.match(r"-[\d.]", word) and found and re.fullmatch(r"--\w+", found[-1]):
+        if re.match(r"-([\d.]|(inf|nan)\b)", word, re.IGNORECASE) and found and re.fullmatch(r"--\w+", found[-1]):
             found[-1] += f"={word}"
         else:
             found.append(word)
@@ -190,7 +229,10 @@ def _one_line(message: str, made: ArgumentParser) -> UserError:
         return UserError(f"what is {found.group(1)!r} for? No flag stands before it")
     for pattern in (r"unrecognized arguments: (?:--)?([\w.-]+)", r"Option '([^']+)' is not accepted"):
         if found := re.search(pattern, message):
-            return unknown("flag", found.group(1).replace("_", "-"), flags)
+            name = found.group(1).replace("_", "-")
+            near = difflib.get_close_matches(name, sorted(set(flags)), n=3, cutoff=0.6)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            return UserError(f"unknown flag {name!r}.{hint} All flags: {made.prog} --help")
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         reason = " ".join(found.group(2).split())
         reason = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", lambda m: f"expected {m.group(1) or ''}", reason)
