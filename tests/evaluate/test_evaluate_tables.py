@@ -126,7 +126,9 @@ def test_what_is_suspect_and_what_was_reused_is_said_below_the_table() -> None:
     assert any(line.startswith("best, suspect: PGD-20 minus AutoAttack is 21.5 ± 2.5 points") for line in lines)
     assert any("reused from an earlier run: pgd_20" in line for line in lines)
     assert lines[-3] == "last: the best one, epoch 4; the same weights as best."
-    assert lines[-1].startswith("Verdict on best: suspect, 4 of 15 checks made; not looked at: ")
+    assert lines[-1] == "Verdict on best: suspect, 4 of 15 checks made (more: --suite sanity)."
+    whole = table.caption([replace(shown, suite="sanity")])
+    assert whole[-1] == "Verdict on best: suspect, 4 of 15 checks made."
 
 
 def test_columns_beside_the_threat_model_are_named_and_diagnoses_are_no_accuracies() -> None:

@@ -103,7 +103,8 @@ def caption(records: Sequence[Record]) -> list[str]:
     lines.append(f"Percent with 95 % Wilson intervals; {spoken(sum(spent.values()))} of computing.")
     for name, record in zip(headings(records), records, strict=True):
         if seen[record.protocol["key"]] == name:
-            lines.append(f"Verdict on {name}: {record.verdict.short}.")
+            more = record.verdict.missing and record.suite not in ("sanity", "adaptive", "black_box")
+            lines.append(f"Verdict on {name}: {record.verdict.short}{' (more: --suite sanity)' if more else ''}.")
     return lines
 
 

@@ -51,12 +51,11 @@ class Verdict:
 
     @property
     def short(self) -> str:
-        """The word, how much was looked at, and what was not; the reasons are left to the findings."""
+        """The word and how much was looked at; the reasons are left to the findings, what was not to `missing`."""
         if self.word == UNTESTED:
             return self.line
         word = self.note if self.note and self.word == SOUND else self.word
-        said = f"{word}, {self.made} of {self.made + len(self.missing)} checks made"
-        return said + (f"; not looked at: {', '.join(self.missing)}" if self.missing else "")
+        return f"{word}, {self.made} of {self.made + len(self.missing)} checks made"
 
     def to_json(self) -> dict[str, Any]:
         """As a record holds it, for readers without this package; it follows from the findings."""
