@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from instar.analyse.target import open_targets
 from instar.attacks import FoldingError, fold
 from instar.cli import main
 from instar.cli.evaluate import _Lines
@@ -171,3 +172,14 @@ def test_progress_names_checkpoint_and_title_and_condenses_corruptions(
     assert len(lines) == 3
     assert lines[2].startswith("module, fog 5: 8/8, ")
     assert lines[2].endswith(" right")
+
+
+def test_images_of_another_kind_than_the_network_takes_are_told_with_both_sides(weights: Path) -> None:
+    pairs = torch.rand(4, 3, 32, 32), torch.arange(4)
+    with pytest.raises(UserError) as caught:
+        evaluate(weights, data=pairs, eps=0.1)
+    told = str(caught.value)
+    assert "takes 1 channel of 8×8 and knows 10 classes; " in told
+    assert "has 3 channels of 32×32 and 4 classes" in told
+    with pytest.raises(UserError, match="takes 1 channel of 8×8 and knows 10 classes"):
+        open_targets(weights, data=pairs, eps=0.1)

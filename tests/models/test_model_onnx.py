@@ -15,8 +15,9 @@ from torch import nn
 
 from instar.errors import UserError
 from instar.evaluate import evaluate
+from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.black_box import black_box, usual_suite
-from instar.evaluate.entries import Suite
+from instar.evaluate.entries import Entry, Suite
 from instar.evaluate.subject import is_black_box
 from instar.models import onnx as onnx_models
 from instar.models.export import export
@@ -25,7 +26,7 @@ from instar.models.onnx import OnnxClassifier
 from instar.models.reading import kind
 from instar.models.registry import create
 from instar.models.torchscript import load_torchscript
-from instar.threat import Ball
+from instar.threat import Ball, Linf
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -98,9 +99,15 @@ def test_black_box_attacks_judge_it_and_its_clean_accuracy_is_that_of_the_networ
 def test_gradient_attacks_are_refused_in_one_line_that_names_the_suite_to_take(exported: Path) -> None:
     assert is_black_box(nn.Sequential(OnnxClassifier(exported)))
     assert usual_suite(OnnxClassifier(exported)) == "black_box"
-    message = one_line(lambda: evaluate(exported, data=(IMAGES, labels()), suite="quick"))
-    assert "no gradients" in message
+    seen: list[str] = []
+    message = one_line(
+        lambda: evaluate(exported, data=(IMAGES, labels()), suite="quick", progress=lambda *told: seen.append(told[0]))
+    )
+    assert message.startswith("PGD-10, margin PGD-20 of the suite quick need gradients, and this model gives no grad")
     assert "--suite black_box" in message
+    assert seen == [], "refused before anything is computed"
+    square = Suite("mine", (Entry("aa", "AutoAttack's Square", AutoAttack(Linf(0.1), stages=("square",), queries=20)),))
+    evaluate(exported, data=(IMAGES[:4], labels()[:4]), suite=lambda ball: square)
 
 
 def written(path: Path, *, shape: list[object], permuted: bool = False, inputs: int = 1, width: int = 3) -> Path:

@@ -23,9 +23,10 @@ from instar.analyse.analysis import FOLDER, Found, stored
 from instar.arrays import Arrays
 from instar.data import TestSplit, TrainSplit, hold_out, load
 from instar.data.splits import Split
+from instar.devices import device_name
 from instar.errors import UserError, unknown
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE
-from instar.evaluate.evaluation import check_classes, check_labels, device_named, some_of
+from instar.evaluate.evaluation import check_classes, check_images, check_labels, device_named, some_of
 from instar.evaluate.shards import Store, fetch
 from instar.evaluate.subject import Subject, examined
 from instar.evaluate.targets import Case, Normalization, Wishes, described, resolve
@@ -270,8 +271,8 @@ class Target:
         known |= more
         numbers = {name: value for name, value in known.items() if name not in ("seconds", "target", "label")}
         known["key"] = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
-        threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        known["device"] = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu: {threads}"
+        known["device"] = device_name(self.device)
+        known["threads"] = torch.get_num_threads()
         known["versions"] = {
             "instar": instar.__version__,
             "torch": torch.__version__,
@@ -367,6 +368,7 @@ def open_targets(
         if len(split) == 0:
             raise UserError(f"there is nothing to analyse: {split.images.info.title} has no such images")
         check_labels(case, split.labels)
+        check_images(case)
         targets.append(
             Target(
                 label=f"{run.title}, {case.name}" if run is not None else _called(case),

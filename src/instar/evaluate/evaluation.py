@@ -19,7 +19,7 @@ from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
 from instar.errors import UserError
 from instar.evaluate.adaptive import with_twin
-from instar.evaluate.black_box import usual_suite
+from instar.evaluate.black_box import check_gradients, usual_suite
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE, Conditions
 from instar.evaluate.corruptions import PublishedCorruption
@@ -34,6 +34,7 @@ from instar.evaluate.suites import Suite, build
 from instar.evaluate.targets import Case, Normalization, Wishes, resolve
 from instar.evaluate.team import Team
 from instar.evaluate.work import TooLargeError, Work
+from instar.models import origin
 from instar.models.normalize import Normalize
 from instar.runs import CHECKPOINTS
 from instar.threat import Ball
@@ -170,6 +171,7 @@ def built(suite: str | Callable[[Ball], Suite] | None, case: Case) -> Suite:
     named = usual_suite(case.model) if suite is None else suite
     made = build(named, case.ball, shape=case.split.images.info.shape)
     _check_published(made, case)
+    check_gradients(case.model, made)
     return with_twin(made, case.twin, case.ball)
 
 
@@ -258,6 +260,7 @@ def _judge(case: Case, suite: Suite, settings: _Settings) -> Record | None:
     if len(split) == 0:
         raise UserError(f"there is nothing to evaluate on: {split.images.info.title} has no such images")
     check_labels(case, split.labels)
+    check_images(case)
     case = Case(**{**case.__dict__, "split": split})
     store = Store(None if case.folder is None else case.folder / "shards")
     conditions = settings.conditions
@@ -366,6 +369,30 @@ def check_labels(case: Case, labels: torch.Tensor) -> None:
             f"labels of {case.split.images.info.title} must be in 0..{count - 1}; got {int(labels.min())}.."
             f"{int(labels.max())}"
         )
+
+
+def check_images(case: Case) -> None:
+    """Refuse images that a network of ours was not made for, before it fails on them.
+
+    Raises:
+        UserError: It takes other channels, or a registered data set has other classes; with both sides in a line.
+    """
+    made, info = origin(case.model), case.split.images.info
+    told = made.arguments if made is not None else {}
+    channels, size, classes = (told.get(name) for name in ("channels", "image_size", "classes"))
+    misfit = isinstance(channels, int) and channels != info.shape[0]
+    misfit |= isinstance(classes, int) and info.name in CATALOGUE and classes != len(case.split.classes)
+    if misfit:
+        sides = f" of {size}×{size}" if isinstance(size, int) else ""
+        raise UserError(
+            f"the network of {case.target} takes {_several(channels, 'channel')}{sides} and knows "
+            f"{_several(classes, 'class', 'classes')}; {info.title} has {_several(info.shape[0], 'channel')} of "
+            f"{info.shape[1]}×{info.shape[2]} and {len(case.split.classes)} classes. Is it made for another data set?"
+        )
+
+
+def _several(count: object, one: str, more: str = "") -> str:
+    return f"{count} {one if count == 1 else more or one + 's'}"
 
 
 def check_classes(case: Case, subject: Subject) -> None:
