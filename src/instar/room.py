@@ -16,6 +16,7 @@ from instar.config import Settings
 from instar.errors import UserError
 from instar.instances import COLUMNS
 from instar.method import Method
+from instar.runs import onward
 
 CONTAINER = (
     ("memory.max", "memory.current"),
@@ -100,6 +101,7 @@ class Sizes:
         optimizer: What the optimiser keeps of them.
         average: The averaged network.
         table: The instance table.
+        spare: Copies of all that a step changes, which are in memory alone: of runs that skip bad steps.
         kept: Weights of single epochs that lie on the disk at a time.
         epochs: Epochs of the run, each of which leaves an instance table.
     """
@@ -111,15 +113,16 @@ class Sizes:
     table: int
     kept: int
     epochs: int
+    spare: int = 0
 
     def of_each(self, processes: int) -> Sizes:
         """What each process holds of a network in shards.
 
         Example:
             >>> Sizes(8, 8, 8, 0, 5, 0, 1).of_each(2)
-            Sizes(weights=4, trained=4, optimizer=4, average=0, table=5, kept=0, epochs=1)
+            Sizes(weights=4, trained=4, optimizer=4, average=0, table=5, kept=0, epochs=1, spare=0)
         """
-        divided = ("weights", "trained", "optimizer", "average")
+        divided = ("weights", "trained", "optimizer", "average", "spare")
         return replace(self, **{name: -(-getattr(self, name) // processes) for name in divided})
 
     @property
@@ -144,7 +147,7 @@ def sizes(network: nn.Module, method: Method, settings: Settings, *, rows: int) 
     Args:
         network: Its network.
         method: Its method.
-        settings: `optimizer`, `momentum`, `epochs` and the keep rules are read.
+        settings: `optimizer`, `momentum`, `on_nan`, `epochs` and the keep rules are read.
         rows: Rows of the instance table.
 
     Example:
@@ -158,14 +161,16 @@ def sizes(network: nn.Module, method: Method, settings: Settings, *, rows: int) 
     copies = 2 if settings.optimizer == "adamw" else int(settings.momentum > 0)
     row = sum(kind.itemsize for kind in COLUMNS.values()) + 4 * len(method.remember)
     kept = settings.epochs // settings.keep_every if settings.keep_every else 0
+    average = weights if method.average is not None else 0
     return Sizes(
         weights=weights,
         trained=trained,
         optimizer=copies * trained,
-        average=weights if method.average is not None else 0,
+        average=average,
         table=row * rows,
         kept=min(kept, settings.keep_newest or kept),
         epochs=settings.epochs,
+        spare=weights + copies * trained + average if settings.on_nan == "skip" else 0,
     )
 
 
@@ -214,11 +219,12 @@ def check_memory(needed: Sizes, device: torch.device) -> None:
         return
     if device.type == "cpu":
         free += (_memory_information() or {}).get("SwapFree", 0)
-    wanted = needed.trained + needed.optimizer + needed.average + needed.table
+    wanted = needed.trained + needed.optimizer + needed.average + needed.table + needed.spare
     if wanted > free:
+        copies = ", the copies that on_nan=skip keeps" if needed.spare else ""
         raise UserError(
-            f"{gibibytes(free)} of memory are free on {device}, and gradients, optimiser, average and instance table "
-            f"alone take {gibibytes(wanted)}: take a smaller model or width"
+            f"{gibibytes(free)} of memory are free on {device}, and gradients, optimiser, average{copies} and instance "
+            f"table alone take {gibibytes(wanted)}: take a smaller model or width"
         )
 
 
@@ -258,10 +264,10 @@ def within_memory(out: Path, settings: Settings) -> Iterator[None]:
             raise
         pieces = 2 * settings.accumulate
         there = (out / "run.json").is_file()
-        onward = f"go on with: instar train --resume --out {out} --accumulate {pieces}" if there else "nothing began"
+        then = onward(out, f"--accumulate {pieces}") if there else "nothing began"
         other = "" if settings.precision == "bf16" else ", --precision bf16"
         raise UserError(
             f"out of memory: --accumulate {pieces} treats a batch in pieces and takes about half (a smaller "
             f"--batch_size than {settings.batch_size}{other} or a smaller --width begin another run). Nothing that "
-            f"was saved is lost; {onward}"
+            f"was saved is lost; {then}"
         ) from error

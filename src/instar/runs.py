@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,41 @@ def check_checkpoint(name: str, *others: str) -> None:
     """
     if name not in (*CHECKPOINTS, *others) and not KEPT.fullmatch(name):
         raise unknown("checkpoint", name, (*others, *CHECKPOINTS, "epoch_NNN of a run that keeps some"))
+
+
+def own_code(run: Mapping[str, Any]) -> list[str]:
+    """Code of the user's own that a run names, as ``file.py:function``: its recipe, its model.
+
+    Args:
+        run: The contents of ``run.json``.
+
+    Example:
+        >>> own_code({"recipe": "mine.py:best", "training": {"model": "timm/resnet18:a1"}})
+        ['mine.py:best']
+    """
+    named = (run.get("recipe"), (run.get("training") or {}).get("model"))
+    return [name for name in named if isinstance(name, str) and ":" in name and not name.startswith("timm/")]
+
+
+def onward(folder: str | Path, *more: str) -> str:
+    """The command that goes on with a run; it says so where only Python can, or where ``--trust`` is needed.
+
+    Args:
+        folder: The run's folder.
+        *more: Further words of the command.
+
+    Example:
+        >>> onward("runs/a", "--accumulate 2")
+        'go on with: instar train --resume --out runs/a --accumulate 2'
+    """
+    try:
+        run = read_run(folder)
+    except UserError:
+        run = {}
+    if (run.get("data") or {}).get("path") == "custom":
+        return f"go on with instar.train.train(..., out={str(folder)!r}, resume=True), from Python as it began"
+    trust = ["--trust"] if own_code(run) else []
+    return " ".join(["go on with: instar train --resume", *trust, "--out", shlex.quote(str(folder)), *more])
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

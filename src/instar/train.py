@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import instar
 from instar.attacks import PGD, Captured, Folded, FoldingError, accelerated, fold
-from instar.checkpoint import State, load_state
+from instar.checkpoint import PREVIOUS, DamagedError, State, load_state
 from instar.config import (
     INDIFFERENT,
     Settings,
@@ -83,7 +84,7 @@ from instar.models.batch_norm import average_running_statistics, normalised_by
 from instar.parallel import ALONE, Group, claim_gpu, launched
 from instar.randomness import generator, key
 from instar.room import check_disk, check_memory, sizes, within_memory
-from instar.runs import read_run
+from instar.runs import onward, own_code, read_run
 from instar.saving import Saves, keep_weights, kept_name, read_log, rewind, state_to_resume, write_log
 from instar.schedules import Progress
 from instar.sharding import Shards, is_sharded
@@ -94,8 +95,6 @@ from instar.weightspace.average import averaged_copy, reestimate_batch_norm
 
 SELECTION_STEPS = 10
 """Steps of the margin PGD by which the best checkpoint is chosen."""
-
-RESUME = "go on with: instar train --resume --out"
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -450,11 +449,10 @@ def resume(
         raise UserError(
             f"the data set or model of {out} was given in Python: call instar.train.train(..., resume=True)"
         )
-    code = [name for name in (stored["recipe"], kept["model"]) if name and ":" in name and not name.startswith("timm/")]
+    code = own_code(stored)
     if code and not trust:
         raise UserError(
-            f"going on with {out} runs the code that it names, {' and '.join(code)}; if you trust it: "
-            f"instar train --resume --trust --out {out}"
+            f"going on with {out} runs the code that it names, {' and '.join(code)}; if you trust it, {onward(out)}"
         )
     if ":" in stored["recipe"]:
         find_recipe(stored["recipe"])  # imports the user's signals, which the method's expression names
@@ -600,8 +598,10 @@ def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str
     try:
         if folder.exists():
             remove_unfinished(folder, of="run.json")  # killed before its first file was whole, a run left nothing else
+        if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+            raise UserError(f"{folder} is not empty and holds no run: choose another --out")
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: {RESUME} {folder}, or choose another --out")
+            raise UserError(f"{folder} is not empty: {onward(folder)}, or choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**described, "fingerprint": fingerprint}, indent=2, ensure_ascii=False)
         # First, so that whatever else is there belongs to a run, also if this process is killed right now.
@@ -672,7 +672,7 @@ def _train(run: _Run, state: State) -> Result:
         if run.settings.on_nan == "rollback" and state.updates == 0:
             _save(run, state)  # what there is to go back to
         while state.epoch < run.settings.epochs and not _out_of_patience(run, state):
-            if not _epoch(run, state, stand_in, requested):
+            if not _epoch(run, state, stand_in, requested, log):
                 continue
             record, alarms = _finish_epoch(run, state, log, requested)
             run.on_event(EpochDone(record=record, epochs=run.settings.epochs))
@@ -680,7 +680,7 @@ def _train(run: _Run, state: State) -> Result:
             number = _stop_signal(run, requested)
             if number and state.epoch < run.settings.epochs:
                 raise Interrupted(
-                    f"{_said(number)}: saved at the end of epoch {record['epoch']}; {RESUME} {run.out}", number
+                    f"{_said(number)}: saved at the end of epoch {record['epoch']}; {onward(run.out)}", number
                 )
         run.group.any(False)  # nobody leaves while the first process is still writing
     return Result(out=run.out, log=log, best=state.best, model=_evaluated(_whole(run, state) or state))
@@ -700,7 +700,13 @@ def _evaluated(state: State) -> nn.Module:
     return state.average if state.average is not None else state.model
 
 
-def _epoch(run: _Run, state: State, stand_in: Folded | Captured | None, requested: list[int]) -> bool:
+def _epoch(
+    run: _Run,
+    state: State,
+    stand_in: Folded | Captured | None,
+    requested: list[int],
+    log: list[dict[str, Any]],
+) -> bool:
     """Train from ``state.step`` to the end of the epoch; False where the run went back to the last save instead."""
     settings, epoch = run.settings, state.epoch
     state.model.train()
@@ -722,7 +728,7 @@ def _epoch(run: _Run, state: State, stand_in: Folded | Captured | None, requeste
         run.on_event(StepDone(epoch, step, run.steps, len(rows["loss"]), rows["loss"], rows["correct"].bool()))
         number = _stop_signal(run, requested)
         probing = settings.probe_every and state.updates % settings.probe_every == 0 and state.step < run.steps
-        if (number or probing or run.health.due(state.updates)) and not _well(run, state):
+        if (number or probing or run.health.due(state.updates)) and not _well(run, state, log):
             return False
         if number:
             raise _interrupted(run, state, number)
@@ -735,10 +741,10 @@ def _epoch(run: _Run, state: State, stand_in: Folded | Captured | None, requeste
             whole = _whole(run, state)
             if run.group.leads:
                 run.saves.attempt(whole or state)
-    return _well(run, state)
+    return _well(run, state, log)
 
 
-def _well(run: _Run, state: State) -> bool:
+def _well(run: _Run, state: State, log: list[dict[str, Any]]) -> bool:
     """Read what the steps noted, all processes alike; False if the run went back to the last save for one of them."""
 
     def where(update: int) -> str:
@@ -749,15 +755,7 @@ def _well(run: _Run, state: State) -> bool:
     if trouble is None:
         return True
     seconds, numbers = state.seconds, (*left_out(state), trouble.update)
-
-    def load(whole: State) -> None:
-        load_state(whole, run.saves.path, fingerprint=run.saves.fingerprint)
-
-    if run.shards is not None:
-        run.shards.restore(load)
-    else:
-        state.optimizer.state.clear()
-        load(state)
+    _go_back(run, state, log)
     leave_out(state, numbers)
     state.seconds = seconds
     if not run.group.agree(state.updates):  # also: nobody still reads what the first process writes now
@@ -768,6 +766,44 @@ def _well(run: _Run, state: State) -> bool:
         f"that batch ({len(left_out(state))} left out so far)"
     )
     return False
+
+
+def _go_back(run: _Run, state: State, log: list[dict[str, Any]]) -> None:
+    """Load the newest save that is whole and whose weights are numbers: the last one, or the one before it.
+
+    Raises:
+        UserError: There is none.
+    """
+    checkpoints = run.saves.path.parent
+    named = run.group.first(lambda: state_to_resume(run.out, note=run.note).encode()).decode()
+    for name in dict.fromkeys((named, PREVIOUS)):
+        saved = checkpoints / name
+        if not name or not saved.exists():
+            continue
+        load = functools.partial(load_state, path=saved, fingerprint=run.saves.fingerprint)
+        try:
+            if run.shards is not None:
+                run.shards.restore(load)
+            else:
+                state.optimizer.state.clear()
+                load(state)
+        except DamagedError as error:
+            run.note(str(error))
+            continue
+        if not run.health.sound(state):
+            run.note(f"the weights in {saved} are not finite numbers: it is passed over")
+            continue
+        if saved != run.saves.path:  # it may be of an epoch before, and what was written since is computed again
+            log[:] = [record for record in log if record["epoch"] < state.epoch]
+            fitted = run.group.first(
+                lambda: json.dumps(rewind(run.out, state, epochs=run.settings.epochs, note=run.note)).encode()
+            )
+            state.best = json.loads(fitted)
+        return
+    raise UserError(
+        f"no state in {checkpoints} is whole and of finite numbers, so that there is nothing to go back to. Start "
+        f"again into another --out; with --init {checkpoints / 'best.safetensors'} it begins from the best weights"
+    )
 
 
 def _save(run: _Run, state: State) -> None:
@@ -948,7 +984,7 @@ def _finish_epoch(
         number = _stop_signal(run, requested)
         raise Interrupted(
             f"{_said(number)}: the disk did not take the end of epoch {epoch}, which will be computed again from the "
-            f"state before it; {RESUME} {run.out}",
+            f"state before it; {onward(run.out)}",
             number,
         )
     return record, probed.alarms if probed is not None else ()
@@ -1074,7 +1110,7 @@ def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
             run.saves.write(whole or state)
     except WriteError as error:
         said = f"{_said(number)}: {error} The state that was saved before is whole"
-    return Interrupted(f"{said}; {RESUME} {run.out}", number)
+    return Interrupted(f"{said}; {onward(run.out)}", number)
 
 
 def _said(number: int) -> str:

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import instar.saving
 import instar.train
 from instar import UserError, pgd_at
-from instar.checkpoint import State
+from instar.checkpoint import State, save_state
 from instar.cli import main
 from instar.data import ResidentImages, load
 from instar.evidence import Batch
@@ -110,6 +111,51 @@ def test_skipping_and_rolling_back_end_with_the_same_weights(
     table = load_file(tmp_path / "skip" / "checkpoints" / "state.safetensors")["table.seen"]
     assert int((table >= 0).sum()) == 400, "every image was seen in one of the two epochs"
     assert int((table == 1).sum()) == 400 - 16, "those of the skipped step not in the second"
+
+
+@pytest.mark.parametrize("how", ["damaged", "not finite"])
+def test_a_rollback_passes_over_a_save_that_is(
+    how: str, few: ResidentImages, poisoned: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"epochs": 2, "batch_size": 80, "on_nan": "rollback"}
+    poisoned((1, 2))
+    _run(few, tmp_path / "whole", **kind)
+    spoilt: list[int] = []
+
+    def save(state: State, path: Path, *, fingerprint: str) -> None:
+        weight = next(state.model.parameters()).data
+        kept = weight.clone()
+        if state.epoch == 1 and not spoilt:
+            weight[0] = float("nan") if how == "not finite" else weight[0]
+        save_state(state, path, fingerprint=fingerprint)
+        if state.epoch == 1 and not spoilt:
+            spoilt.append(state.updates)
+            weight.copy_(kept)
+            if how == "damaged":
+                path.write_bytes(path.read_bytes()[:-9])
+
+    monkeypatch.setattr(instar.saving, "save_state", save)
+    notes: list[str] = []
+    done = _run(few, tmp_path / "run", note=notes.append, **kind)
+    assert spoilt == [5]
+    assert any(("is passed over" if how == "not finite" else "is damaged") in line for line in notes)
+    assert any("back to epoch 0, step 0, to go on without that batch (1 left out" in line for line in notes)
+    assert _differences(tmp_path / "whole", tmp_path / "run") == []
+    assert [line["epoch"] for line in done.log] == [0, 1]
+    assert done.best == _state(tmp_path / "whole")[1]["best"]
+
+
+def test_a_rollback_with_nothing_sound_to_go_back_to_is_one_line(
+    few: ResidentImages, poisoned: Callable[..., None], tmp_path: Path
+) -> None:
+    poisoned((0, 1))
+
+    def damage(event: Event) -> None:
+        for path in (tmp_path / "run" / "checkpoints").glob("state*"):
+            path.write_bytes(b"nothing")
+
+    with pytest.raises(UserError, match=r"no state in .* is whole"):
+        _run(few, tmp_path / "run", epochs=1, batch_size=80, on_nan="rollback", on_event=damage)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

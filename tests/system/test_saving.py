@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,13 @@ def test_a_disk_and_a_memory_that_certainly_cannot_hold_the_run_are_told_before_
         check_memory(needed, torch.device("cpu"))
     monkeypatch.setattr("instar.room.memory_free", lambda device: 60)
     check_memory(needed, torch.device("cpu"))
+    with pytest.raises(UserError, match="average, the copies that on_nan=skip keeps and instance table alone take"):
+        check_memory(replace(needed, spare=30), torch.device("cpu"))
+
+
+def test_the_copies_of_a_run_that_skips_bad_steps_count_as_memory_and_not_on_the_disk() -> None:
+    net = nn.Linear(250, 1000, bias=False)
+    plain, skips = (sizes(net, instar.gairat(), Settings(on_nan=how), rows=10) for how in ("stop", "skip"))
+    assert plain.spare == 0
+    assert skips == replace(plain, spare=plain.weights + plain.optimizer + plain.average)
+    assert (skips.state, skips.most) == (plain.state, plain.most)
