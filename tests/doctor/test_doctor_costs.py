@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instar.attacks import PGD, Square
+from instar.attacks import PGD, MultiTargeted, OutputDiversified, Restarts, Square
 from instar.doctor import estimate, predict
 from instar.doctor.estimate import Pace, cost
 from instar.evaluate import AutoAttack, evaluate
-from instar.evaluate.entries import Entry, Suite
+from instar.evaluate.entries import Entry, Suite, descent
 from instar.evaluate.subject import examined
 from instar.evaluate.suites import development, quick, standard
+from instar.signals import Margin
 from instar.step import END
 from instar.threat import Ball, Linf
 from instar.train import train
@@ -139,7 +140,19 @@ def _standard(ball: Ball) -> Suite:
     return replace(made, entries=(*made.entries[:-1], short))
 
 
-@pytest.mark.parametrize("suite", [quick, development, _standard])
+def _in_turn(ball: Ball) -> Suite:
+    """Restarts and targets, whose descents leave out by themselves what is broken."""
+    return Suite(
+        "in turn",
+        (
+            Entry("restarts", "restarts", Restarts(descent(ball, Margin(), 20), 3)),
+            Entry("targets", "targets", MultiTargeted(descent(ball, Margin(), 20), 3)),
+            Entry("diversified", "diversified", Restarts(OutputDiversified(descent(ball, Margin(), 20)), 2)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("suite", [quick, development, _standard, _in_turn])
 def test_a_foretold_suite_costs_the_passes_that_it_makes(suite: Callable[[Ball], Suite]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))

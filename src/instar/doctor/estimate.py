@@ -209,7 +209,7 @@ def cost(suite: Suite, pace: Pace, *, images: int, classes: int, clean: float, r
             standing = images * robust
             if place > 0:
                 expected += standing * part.full
-            elif isinstance(entry.attack, PGD) and compacts(entry.attack):  # a broken image leaves the batch
+            elif _leaves(entry.attack):  # a broken image leaves the batch
                 expected += standing * part.full + (alive - standing) * part.least
             else:  # a stopped attack is over when the last image of its batch is broken
                 expected += alive * (part.full if standing >= 1 else part.least)
@@ -235,9 +235,24 @@ def _parts(entry: Entry, classes: int, pace: Pace) -> list[_Part]:
         return [_Part(begun, begun), _Part(rest, rest)]
     restarts = max(int(told.get("targets", told.get("restarts", 1))), 1)
     each = forwards * pace.stand_in / 2 / restarts
-    stops = getattr(entry.attack, "stop", None) is not None
+    stops = getattr(_descent(entry.attack), "stop", None) is not None
     first = _Part(each, min(each, FEW_STEPS * pace.stand_in) if stops else each)
     return [first, _Part((restarts - 1) * each, 0.0)]
+
+
+def _descent(attack: object) -> object:
+    """The attack that restarts, targets and diversified starts repeat."""
+    while not isinstance(attack, PGD) and hasattr(attack, "attack"):
+        attack = attack.attack
+    return attack
+
+
+def _leaves(attack: object) -> bool:
+    """Whether an image leaves the batch once it is broken: looked at by the evaluation, or by the descent itself."""
+    one = _descent(attack)
+    if not isinstance(one, PGD) or one.stop is None:
+        return False
+    return compacts(one) if one is attack else one.may_leave(one.stop)
 
 
 def _stage(stage: Mapping[str, int | str], pace: Pace) -> float:
