@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from weights import add_arguments, named
+
 from instar.data.indexed import as_float
 from instar.evaluate import AutoAttack, Entry, Suite, evaluate
 from instar.evaluate.targets import Case, Wishes, resolve
@@ -53,11 +55,8 @@ def timed(case: Case, first: int, last: int, precision: str) -> tuple[float, lis
 def main() -> int:
     """Take the turns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("targets", nargs="+", help="weights of ours, or state dicts from elsewhere")
-    parser.add_argument("--n", type=int, default=500, help="test images")
+    add_arguments(parser)
     parser.add_argument("--turns", type=int, default=5, help="portions that they are attacked in")
-    parser.add_argument("--data", default="cifar10", help="data set of a state dict from elsewhere")
-    parser.add_argument("--model", default="resnet18", help="network of a state dict from elsewhere")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -65,9 +64,9 @@ def main() -> int:
     found: dict[str, list[dict[str, Any]]] = json.loads(kept.read_text()) if kept.exists() else {}
     size = chosen.n // chosen.turns
     for target in map(Path, chosen.targets):
-        foreign = not target.with_suffix(".json").exists()
-        (case,) = resolve(target, Wishes(data=chosen.data, model=chosen.model) if foreign else Wishes())
-        turns = found.setdefault(target.stem if foreign else f"{target.parent.name}-{target.stem}", [])
+        name, wishes = named(target, chosen)
+        (case,) = resolve(target, Wishes(**wishes))
+        turns = found.setdefault(name, [])
         while len(turns) < chosen.turns:
             first = len(turns) * size
             order = ("float32", "bf16") if len(turns) % 2 == 0 else ("bf16", "float32")

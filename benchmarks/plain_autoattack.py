@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyautoattack
 import torch
+from weights import add_arguments, named
 
 from instar.data.indexed import as_float
 from instar.evaluate import evaluate
@@ -51,11 +52,9 @@ def plain(case: Case, n: int, kept: Path) -> tuple[np.ndarray, float]:
 
 def compared(target: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """One target judged by both."""
-    path = Path(target)
-    foreign = not path.with_suffix(".json").exists()
-    wishes: dict[str, Any] = {"data": chosen.data, "model": chosen.model} if foreign else {}
+    name, wishes = named(target, chosen)
     (case,) = resolve(target, Wishes(**wishes))
-    folder = chosen.out / (path.stem if foreign else f"{path.parent.name}-{path.stem}")
+    folder = chosen.out / name
     (record,) = evaluate(
         target, suite="standard", n=chosen.n, seed=SEED, batch_size=BATCH, shard_size=chosen.n, out=folder, **wishes
     )
@@ -76,10 +75,7 @@ def compared(target: str, chosen: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Judge every target twice."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("targets", nargs="+", help="weights of ours, or state dicts from elsewhere")
-    parser.add_argument("--n", type=int, default=500, help="test images")
-    parser.add_argument("--data", default="cifar10", help="data set of a state dict from elsewhere")
-    parser.add_argument("--model", default="resnet18", help="network of a state dict from elsewhere")
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     chosen = parser.parse_args()
     found = []

@@ -15,10 +15,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed.fsdp  # once, for all processes that are forked
@@ -161,17 +162,21 @@ def train_case(case: dict[str, Any], out: Path, group: Group) -> None:
         )
 
 
-@contextlib.contextmanager
-def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
-    """Kills a process in the middle of a step, at the first attempt; or makes its share of a step's images NaN."""
-    step, left, poisoned = instar.train.training_step, case.get("kill after"), case.get("poison")
+def _each_step(does: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """Has `does` called in the place of every training step, with the step itself as its first argument."""
+    return mock.patch.object(instar.train, "training_step", functools.partial(does, instar.train.training_step))
 
-    def bad_step(model: Any, method: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+
+def _dying(case: dict[str, Any], group: Group) -> contextlib.AbstractContextManager[Any]:
+    """Kills a process in the middle of a step, at the first attempt; or makes its share of a step's images NaN."""
+    left, poisoned = case.get("kill after"), case.get("poison")
+
+    def bad_step(step: Any, model: Any, method: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
         if [options["progress"].epoch, options["progress"].step] == poisoned:
             batch = replace(batch, x=batch.x * float("nan"))
         return step(model, method, batch, *arguments, **options)
 
-    def last_step(*arguments: Any, **options: Any) -> Any:
+    def last_step(step: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
@@ -179,25 +184,17 @@ def _dying(case: dict[str, Any], group: Group) -> Iterator[None]:
         return step(*arguments, **options)
 
     last = group.rank == group.size - 1
-    if not (last and poisoned) and (left is None or group.rank != 1 or group.restarts):
-        yield
-        return
-    instar.train.training_step = bad_step if poisoned else last_step
-    try:
-        yield
-    finally:
-        instar.train.training_step = step
+    if last and poisoned:
+        return _each_step(bad_step)
+    if left is not None and group.rank == 1 and not group.restarts:
+        return _each_step(last_step)
+    return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _weighed(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
+def _weighed(case: dict[str, Any], out: Path, group: Group) -> contextlib.AbstractContextManager[Any]:
     """Writes down how many bytes of weights and momentum this process holds between steps."""
-    if not case.get("weigh"):
-        yield
-        return
-    step = instar.train.training_step
 
-    def weighing(model: nn.Module, method: Method, batch: Any, optimizer: Any, **options: Any) -> Any:
+    def weighing(step: Any, model: nn.Module, method: Method, batch: Any, optimizer: Any, **options: Any) -> Any:
         done = step(model, method, batch, optimizer, **options)
         held = {
             "weights": [local(p) for p in model.parameters()],
@@ -210,11 +207,7 @@ def _weighed(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
         (out / f"{case['name']}.{group.rank}.memory").write_text(json.dumps(memory))
         return done
 
-    instar.train.training_step = weighing
-    try:
-        yield
-    finally:
-        instar.train.training_step = step
+    return _each_step(weighing) if case.get("weigh") else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -223,9 +216,9 @@ def _counted(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
     if not case.get("count"):
         yield
         return
-    step, messages, begun = instar.train.training_step, [], []
+    messages, begun = [], []
 
-    def stepping(*arguments: Any, **options: Any) -> Any:
+    def stepping(step: Any, *arguments: Any, **options: Any) -> Any:
         begun.append(len(messages))
         return step(*arguments, **options)
 
@@ -240,16 +233,9 @@ def _counted(case: dict[str, Any], out: Path, group: Group) -> Iterator[None]:
         return counted
 
     kinds = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
-    sends = {kind: getattr(torch.distributed, kind) for kind in kinds}
-    instar.train.training_step = stepping
-    for kind, send in sends.items():
-        setattr(torch.distributed, kind, counting(kind, send))
-    try:
+    sends = {kind: counting(kind, getattr(torch.distributed, kind)) for kind in kinds}
+    with _each_step(stepping), mock.patch.multiple(torch.distributed, **sends):
         yield
-    finally:
-        instar.train.training_step = step
-        for kind, send in sends.items():
-            setattr(torch.distributed, kind, send)
     (out / f"{case['name']}.{group.rank}.messages").write_text(json.dumps(messages[begun[0] : begun[1]]))
 
 
