@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from instar.data import AUGMENTATIONS, DatasetInfo, Images, extra_count
+from instar.devices import why_unusable
 from instar.errors import UserError, first_line, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
@@ -344,7 +345,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used here: {why_unusable(error)}") from None
     return device
 
 

@@ -86,6 +86,23 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return read_json(path, what="description of the run")
 
 
+def read_resumable(folder: str | Path) -> dict[str, Any]:
+    """As `read_run`, with all that a resume reads.
+
+    Raises:
+        UserError: The folder holds no run, or the file is damaged.
+    """
+    run = read_run(folder)
+    kinds = {"recipe": str, "method": str, "training": dict, "data": dict, "model": dict}
+    for name, kind in kinds.items():
+        if not isinstance(run.get(name), kind):
+            raise UserError(f"{Path(folder) / 'run.json'} is not the description of a run: it says nothing of {name!r}")
+    for name in ("data", "model", "epochs"):
+        if name not in run["training"]:
+            raise UserError(f"{Path(folder) / 'run.json'} is damaged: its training says nothing of {name!r}")
+    return run
+
+
 def load(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None = None) -> nn.Module:
     """The trained model of a run, or of a weights file with a card: a plain module that takes images in [0, 1].
 

@@ -84,7 +84,7 @@ from instar.models.batch_norm import average_running_statistics, normalised_by
 from instar.parallel import ALONE, Group, claim_gpu, launched
 from instar.randomness import generator, key
 from instar.room import check_disk, check_memory, sizes, within_memory
-from instar.runs import onward, own_code, read_run
+from instar.runs import onward, own_code, read_resumable, read_run
 from instar.saving import Saves, keep_weights, kept_name, read_log, rewind, state_to_resume, write_log
 from instar.schedules import Progress
 from instar.sharding import Shards, is_sharded
@@ -440,12 +440,12 @@ def resume(
         UserError: The folder holds no run, or one whose data set or model only Python code can give.
         Interrupted: As `train`.
     """
-    stored = read_run(out)
+    stored = read_resumable(out)
     for name in where:
         if name not in INDIFFERENT:
             raise instar.errors.unknown("setting that may differ at a resume", name, INDIFFERENT)
     kept: dict[str, Any] = stored["training"] | {name: item for name, item in where.items() if item is not None}
-    if kept["data"] == "custom" or (kept["model"] is None and stored["model"]["arguments"] is None):
+    if kept["data"] == "custom" or (kept["model"] is None and stored["model"].get("arguments") is None):
         raise UserError(
             f"the data set or model of {out} was given in Python: call instar.train.train(..., resume=True)"
         )

@@ -104,6 +104,38 @@ def test_a_value_that_cannot_be_meant_is_one_line_of_train(words, message, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["doctor", "--recipe", "pgd_at", "--seconds", "nan"], "seconds for the probe must be a number above 0"),
+        (["doctor", "--recipe", "pgd_at", "--seconds", "-1"], "must be a number above 0, for example 20; got -1.0"),
+        (["doctor", "--device", "gpu"], "device 'gpu' cannot be used here: expected auto, cpu, cuda, or cuda:1"),
+        (["evaluate", "run", "--device", "gpu"], "cannot be used here: expected auto, cpu, cuda, or cuda:1 for the"),
+        (["evaluate", "run", "--config", "file.txt"], "--config: the file must be a mapping of names to values"),
+        (["report", "list"], "list/run.json is not the description of a run, or damaged"),
+        (["report", "empty"], "empty/run.json is not the description of a run: it says nothing of 'data'"),
+        (["train", "--resume", "--out", "empty"], "empty/run.json is not the description of a run: it says nothing of"),
+        (["train", "--resume", "--out", "part"], "part/run.json is damaged: its training says nothing of 'epochs'"),
+        (
+            ["train", "pgd_at", "--steps", "1000000000"],
+            "must be a whole number of at least 0 and at most 1,000,000; got",
+        ),
+        (["train", "pgd_at", "--init", "file.txt"], "is no file of torch.save, or damaged (UnpicklingError)"),
+    ],
+)
+def test_what_a_hostile_user_gives_is_one_line_that_tells_what_is_wrong(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("hello\n")
+    part = '{"recipe": "pgd_at", "method": "", "training": {"data": "", "model": null}, "data": {}, "model": {}}'
+    for name, content in (("list", "[]"), ("empty", "{}"), ("part", part)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(content)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
 def test_help_keeps_the_lines_of_a_list():
     assert "\n  one  thing\n  two  things\n" in made().format_help()
 

@@ -146,6 +146,7 @@ class Target:
             UnavailableError: It gives no gradients.
         """
         split = self.split
+        check_images(self.model_case)
         first, *_ = fetch(split, start=0, stop=min(len(split), self.batch_size), device=self.device)
         with examined(self.model_case.model, first, device=self.device) as subject:
             check_classes(self.model_case, subject)
@@ -368,7 +369,6 @@ def open_targets(
         if len(split) == 0:
             raise UserError(f"there is nothing to analyse: {split.images.info.title} has no such images")
         check_labels(case, split.labels)
-        check_images(case)
         targets.append(
             Target(
                 label=f"{run.title}, {case.name}" if run is not None else _called(case),

@@ -91,7 +91,8 @@ class PGD(Attack):
         check_choice("PGD", "mode", self.mode, MODES)
         if not isinstance(self.steps, Schedule):
             if isinstance(self.steps, bool) or self.steps != int(self.steps) or not 0 <= self.steps <= MOST_STEPS:
-                raise UserError(f"steps of PGD must be a whole number of at least 0; got {self.steps}")
+                most = f" and at most {MOST_STEPS:,}" if self.steps > MOST_STEPS else ""
+                raise UserError(f"steps of PGD must be a whole number of at least 0{most}; got {self.steps}")
             object.__setattr__(self, "steps", int(self.steps))
         if not isinstance(self.step_size, Schedule) and not 0 <= self.step_size < math.inf:
             raise UserError(f"step_size of PGD must be a positive number such as 2/255; got {self.step_size}")

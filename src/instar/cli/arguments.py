@@ -225,6 +225,8 @@ def _one_line(message: str, made: ArgumentParser) -> UserError:
     found_flags = (flag[2:] for action in made._actions for flag in action.option_strings if flag.startswith("--"))
     unsaid = ("print_shtab", "recipe", "target", "name")
     flags = [flag.replace("_", "-") for flag in found_flags if flag not in unsaid]
+    if message.startswith("Unexpected config"):
+        return UserError("--config: the file must be a mapping of names to values, such as a line `epochs: 30`")
     if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
         return UserError(f"what is {found.group(1)!r} for? No flag stands before it")
     for pattern in (r"unrecognized arguments: (?:--)?([\w.-]+)", r"Option '([^']+)' is not accepted"):

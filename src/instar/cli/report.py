@@ -8,6 +8,7 @@ from pathlib import Path
 
 from instar.cli.arguments import divided, parse, parser
 from instar.errors import UserError
+from instar.evaluate.shards import make_folder
 from instar.report import compare_pictures, read, write_pictures
 from instar.report.page import write_page
 
@@ -50,6 +51,8 @@ def run(words: Sequence[str]) -> int:
     page = out if out is not None and out.suffix.lower() in (".html", ".htm") else None
     if page is None and out is not None and given.figures is not None:
         raise UserError("--figures belongs to a page: give --out page.html, or no --out")
+    if out is not None:
+        make_folder(out if page is None else out.parent)  # before minutes of work, not after
     if page is None:
         taken: set[str] = set()
         for number, stored in enumerate(runs, start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from instar.follow import SINKS, following
 from instar.methods import RECIPES, Recipe
 from instar.parallel import leading
 from instar.presets import Preset, apply, changes_of, preset
-from instar.runs import read_run
+from instar.runs import read_resumable, read_run
 from instar.train import Event, Interrupted, Result, resume, train
 
 DESCRIPTION = f"""Train a robust classifier.
@@ -116,8 +117,8 @@ def _resume(words: Sequence[str]) -> int:
     given = parse(made, words)
     if given.out is None:
         raise UserError("resume which run? instar train --resume --out RUN")
-    stored = read_run(given.out)
-    heading = f"{stored['recipe']} on {stored['data']['name']}, resumed → {given.out}"
+    stored = read_resumable(given.out)
+    heading = f"{stored['recipe']} on {stored['data'].get('name')}, resumed → {given.out}"
     with (
         display(epochs=stored["training"]["epochs"], stream=_stage(), heading=heading) as show,
         following(given.log if leading() else [], out=given.out, note=show.line) as follow,
@@ -151,7 +152,7 @@ def _summarise(result: Result) -> None:
     best, held_out = result.best, read_run(result.out)["selection"]["n"]
     print(
         f"best: epoch {best['epoch'] + 1:.0f}, {best['clean']:.1%} clean, {best['robust']:.1%} under margin PGD-10 "
-        f"on {held_out} held-out images\nnext: instar evaluate {result.out}"
+        f"on {held_out} held-out images\nnext: instar evaluate {shlex.quote(str(result.out))}"
     )
 
 

@@ -19,6 +19,7 @@ from instar.data import Images, ResidentImages, TrainSplit, batches, load, steps
 from instar.data.splits import hold_out
 from instar.doctor.machine import peak_memory
 from instar.doctor.report import Training
+from instar.errors import UserError
 from instar.method import Method
 from instar.passes import passes
 from instar.schedules import Progress
@@ -112,6 +113,8 @@ def predict(
         (10, True)
     """
     chosen = Settings(**settings)
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds for the probe must be a number above 0, for example 20; got {seconds}")
     device = choose_device(chosen.device)
     images = load(chosen.data, split="train", root=chosen.root, size=chosen.size)
     method = build_method(

@@ -17,6 +17,7 @@ from torch import nn
 import instar
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
+from instar.devices import why_unusable
 from instar.errors import UserError
 from instar.evaluate.adaptive import with_twin
 from instar.evaluate.black_box import check_gradients, usual_suite
@@ -29,7 +30,7 @@ from instar.evaluate.progress import Progress, announce, silent
 from instar.evaluate.record import Record
 from instar.evaluate.recording import recorded
 from instar.evaluate.shards import Store, fetch, make_folder
-from instar.evaluate.subject import Subject, examined, one_line
+from instar.evaluate.subject import Subject, examined
 from instar.evaluate.suites import Suite, build
 from instar.evaluate.targets import Case, Normalization, Wishes, resolve
 from instar.evaluate.team import Team
@@ -216,7 +217,7 @@ def device_named(name: str | torch.device, team: Team | None = None) -> torch.de
         # An empty tensor gives a device its number: "cuda" and "cuda:0" must compare equal.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {str(name)!r} cannot be used here: {one_line(error)}") from None
+        raise UserError(f"device {str(name)!r} cannot be used here: {why_unusable(error)}") from None
 
 
 def some_of(split: Split, n: int) -> Split:
@@ -387,7 +388,7 @@ def check_images(case: Case) -> None:
         raise UserError(
             f"the network of {case.target} takes {_several(channels, 'channel')}{sides} and knows "
             f"{_several(classes, 'class', 'classes')}; {info.title} has {_several(info.shape[0], 'channel')} of "
-            f"{info.shape[1]}×{info.shape[2]} and {len(case.split.classes)} classes. Is it made for another data set?"
+            f"{info.shape[1]}×{info.shape[2]} and {len(case.split.classes)} classes. Is it made for this data set?"
         )
 
 

@@ -206,8 +206,10 @@ def read(run: str | Path | StoredRun) -> StoredRun:
     try:
         stored = StoredRun(folder, config, _read_log(folder / "log.jsonl"))
         _ = (stored.title, stored.data, stored.model, stored.threat, stored.epochs, stored.seed, stored.held_out)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not the description of a run: {type(error).__name__}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not the description of a run: it says nothing of {error}") from None
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is not the description of a run, or damaged") from None
     return stored
 
 
