@@ -100,18 +100,18 @@ def test_skipping_and_rolling_back_end_with_the_same_weights(
 ) -> None:
     poisoned((0, 3), (1, 2))
     notes: list[str] = []
-    done = _run(few, tmp_path / "skip", on_nan="skip", note=notes.append)
+    done = _run(few, tmp_path / "skip", on_nan="skip", note=notes.append, **LONG)
     assert sum("1 step was skipped, the last in epoch" in line for line in notes) == 2
     assert done.log[-1]["skipped"] == 2
     notes.clear()
-    again = _run(few, tmp_path / "rollback", on_nan="rollback", note=notes.append)
+    again = _run(few, tmp_path / "rollback", on_nan="rollback", note=notes.append, **LONG)
     assert sum("back to epoch" in line for line in notes) == 2
     assert again.log[-1]["skipped"] == 2
     assert _differences(tmp_path / "skip", tmp_path / "rollback") == []
     assert [line | {"seconds": 0} for line in done.log] == [line | {"seconds": 0} for line in again.log]
     table = load_file(tmp_path / "skip" / "checkpoints" / "state.safetensors")["table.seen"]
     assert int((table >= 0).sum()) == 400, "every image was seen in one of the two epochs"
-    assert int((table == 1).sum()) == 400 - 40, "those of the skipped step not in the second"
+    assert int((table == 1).sum()) == 400 - 16, "those of the skipped step not in the second"
 
 
 @pytest.mark.parametrize("how", ["damaged", "not finite"])

@@ -120,7 +120,10 @@ def test_a_value_that_cannot_be_meant_is_one_line_of_train(words, message, tmp_p
             ["train", "pgd_at", "--steps", "1000000000"],
             "must be a whole number of at least 0 and at most 1,000,000; got",
         ),
-        (["train", "pgd_at", "--init", "file.txt"], "is no file of torch.save, or damaged (UnpicklingError)"),
+        (
+            ["train", "pgd_at", "--init", "file.txt"],
+            "file.txt is no file of torch.save, or damaged; copy or download it again",
+        ),
     ],
 )
 def test_what_a_hostile_user_gives_is_one_line_that_tells_what_is_wrong(words, message, tmp_path, monkeypatch, capsys):

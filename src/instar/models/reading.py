@@ -214,8 +214,8 @@ def _unpickled(source: Path | io.BytesIO, path: Path) -> Any:
         raise UserError(f"{path} is no file of torch.save, or damaged; copy or download it again") from None
     except Exception as error:  # damaged archives fail in many ways, all of which mean the same here
         why = line(error)[:120]
-        why = why if " " in why else type(error).__name__  # some say nothing but the byte that they met
-        raise UserError(f"{path} is no file of torch.save, or damaged ({why})") from None
+        why = f" ({why})" if " " in why else "; copy or download it again"  # some say but the byte that they met
+        raise UserError(f"{path} is no file of torch.save, or damaged{why}") from None
 
 
 def _numpy_constructors() -> list[Any]:
