@@ -11,15 +11,10 @@ import functools
 import hashlib
 import json
 import math
-import platform
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 import instar
-from instar.attacks import PGD, Captured, Folded, FoldingError, accelerated, fold
+from instar.attacks import Captured, Folded, FoldingError, accelerated, fold
 from instar.checkpoint import PREVIOUS, DamagedError, State, load_state
 from instar.config import (
     INDIFFERENT,
@@ -60,7 +55,7 @@ from instar.data import (
     steps_per_epoch,
 )
 from instar.data.indexed import as_float
-from instar.devices import device_name
+from instar.description import describe, fingerprint_of, prepare_folder, setting
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse
@@ -77,36 +72,23 @@ from instar.guards import (
     watch,
 )
 from instar.instances import InstanceTable, everybody
+from instar.interruption import Interrupted as Interrupted  # part of what this module offers
+from instar.interruption import signal_name, stop_requests
 from instar.method import Method
 from instar.methods import Recipe
-from instar.models import load_foreign, origin, parameter_groups, save
+from instar.models import load_foreign, parameter_groups, save
 from instar.models.batch_norm import average_running_statistics, normalised_by
-from instar.parallel import ALONE, Group, claim_gpu, launched
+from instar.parallel import Group, claim_gpu, launched
 from instar.randomness import generator, key
 from instar.room import check_disk, check_memory, sizes, within_memory
 from instar.runs import onward, own_code, read_resumable, read_run
 from instar.saving import Saves, keep_weights, kept_name, read_log, rewind, state_to_resume, write_log
 from instar.schedules import Progress
-from instar.sharding import Shards, is_sharded
-from instar.signals import Margin
+from instar.selection import SELECTION_STEPS, selection_accuracy
+from instar.sharding import Shards
 from instar.step import Loss, check_divisible, check_shardable, training_step
-from instar.storage import WriteError, remove_unfinished, write_atomically
+from instar.storage import WriteError
 from instar.weightspace.average import averaged_copy, reestimate_batch_norm
-
-SELECTION_STEPS = 10
-"""Steps of the margin PGD by which the best checkpoint is chosen."""
-
-
-class Interrupted(Exception):  # noqa: N818
-    """Training was asked to stop, saved its state and stopped.
-
-    Attributes:
-        signal_number: The signal that asked, for the exit status.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @dataclass(frozen=True)
@@ -332,11 +314,11 @@ def _train_together(
         )
     _note_what_sees_the_batch(network, chosen, group, note)
     extra = ExtraImages.open(chosen.extra, info=info, note=note) if chosen.extra else None
-    described = _describe(recipe, method, chosen, network, images, selection, device, precision, group)
+    described = describe(recipe, method, chosen, network, images, selection, device, precision, group)
     described["acceleration"] = acceleration
     if extra is not None:
         described["data"]["extra"] = {"images": len(extra), "labels": extra.digest()}
-    fingerprint = _fingerprint(described)
+    fingerprint = fingerprint_of(described)
 
     needed = sizes(network, method, chosen, rows=len(images))
 
@@ -344,7 +326,7 @@ def _train_together(
         going_on = resume or _was_restarted(out, group)
         check_memory(needed.of_each(group.size) if sharded else needed, device)
         check_disk(needed, out, resume=going_on, note=note)
-        _prepare_folder(out, described, fingerprint, resume=going_on)
+        prepare_folder(out, described, fingerprint, resume=going_on)
         return b"resume" if going_on else b""
 
     going_on = group.first(prepare) == b"resume"
@@ -381,7 +363,7 @@ def _train_together(
             )
         fitted = group.first(lambda: json.dumps(rewind(out, state, epochs=chosen.epochs, note=note)).encode())
         state.best = json.loads(fitted)
-    note(_setting(described))
+    note(setting(described))
     if sharded:
         shards = Shards(state, group=group, device=device)
         run, state = dataclasses.replace(run, shards=shards), shards.state
@@ -484,147 +466,6 @@ def _check_requirement(method: Method, network: nn.Module) -> None:
         )
 
 
-def _describe(
-    recipe: str | Recipe | Method,
-    method: Method,
-    settings: Settings,
-    network: nn.Module,
-    images: Images,
-    selection: SelectionSplit,
-    device: torch.device,
-    precision: torch.dtype,
-    group: Group,
-) -> dict[str, Any]:
-    """The contents of ``run.json``."""
-    built = origin(network)
-    ball = getattr(method.attack, "ball", None)
-    name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", "custom")
-    kept = {entry.name: written(getattr(settings, entry.name)) for entry in dataclasses.fields(settings)}
-    return {
-        "recipe": name if isinstance(name, str) else "custom",
-        "method": repr(method),
-        "training": kept,
-        "data": {
-            "name": images.info.name,
-            "path": settings.data,
-            "size": images.shape[1],
-            "train_images": len(images) - len(selection),
-            "classes": list(images.classes),
-        },
-        "model": {
-            "name": built.architecture if built else type(network).__name__,
-            "arguments": dict(built.arguments) if built else None,
-            "parameters": sum(p.numel() for p in network.parameters()),
-        },
-        "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
-        "selection": {"n": len(selection), "rule": f"margin PGD-{SELECTION_STEPS}", "seed": settings.seed},
-        "hardware": {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "processes": group.size,
-        },
-        "launch": group.launch,
-        "precision": str(precision).removeprefix("torch."),
-        "versions": {
-            "instar": instar.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "git": _git_state(),
-    }
-
-
-def _setting(described: Mapping[str, Any]) -> str:
-    """What is about to be trained, on what, in a line."""
-    data, model = described["data"], described["model"]
-    return (
-        f"{data['train_images']:,} training images, {described['selection']['n']:,} held out; {model['name']} with "
-        f"{model['parameters']:,} parameters; {described['precision']} on {described['hardware']['device']}"
-    )
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout that the package lies in; None outside of one."""
-    git = shutil.which("git")
-    here = Path(__file__).resolve().parent
-    if git is None:
-        return None
-    answers = []
-    for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", ".")):
-        asked = subprocess.run([git, *question], cwd=here, capture_output=True, text=True, check=False)
-        if asked.returncode:
-            return None
-        answers.append(asked.stdout.strip())
-    return {"commit": answers[0], "clean": not answers[1]}
-
-
-_IRRELEVANT = INDIFFERENT | {"extra"}  # of an extra file the contents count
-_LATER = {
-    "batch_norm": "sync",
-    "patience": 0,
-    "clip_grad": None,
-}  # settings that older runs do not name, and what they did
-
-
-def _fingerprint(described: Mapping[str, Any]) -> str:
-    """What must be equal for a resume: everything that decides the numbers, and nothing about where they are made."""
-    training = {
-        name: item
-        for name, item in described["training"].items()
-        if name not in _IRRELEVANT and not (name in _LATER and item == _LATER[name])
-    }
-    data = {name: item for name, item in described["data"].items() if name != "path"}
-    core = {
-        "method": described["method"],
-        "training": {name: item for name, item in training.items() if name != "data"},
-        "data": data,
-        "model": described["model"],
-        "precision": described["precision"],
-    }
-    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
-
-
-def _prepare_folder(folder: Path, described: Mapping[str, Any], fingerprint: str, *, resume: bool) -> None:
-    if resume:
-        stored = read_run(folder)
-        if stored.get("fingerprint") != fingerprint:
-            raise UserError(
-                f"{folder} holds another run: {_difference(stored, described)}. Start into a new folder, or resume "
-                "with the settings of the run"
-            )
-        for part in ("checkpoints", "instances"):
-            (folder / part).mkdir(exist_ok=True)
-        return
-    try:
-        if folder.exists():
-            remove_unfinished(folder, of="run.json")  # killed before its first file was whole, a run left nothing else
-        if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
-            raise UserError(f"{folder} is not empty and holds no run: choose another --out")
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: {onward(folder)}, or choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**described, "fingerprint": fingerprint}, indent=2, ensure_ascii=False)
-        # First, so that whatever else is there belongs to a run, also if this process is killed right now.
-        write_atomically(folder / "run.json", content.encode())
-        for part in ("checkpoints", "instances"):
-            (folder / part).mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
-
-
-def _difference(stored: Mapping[str, Any], described: Mapping[str, Any]) -> str:
-    for group in ("method", "precision"):
-        if stored.get(group) != described[group]:
-            return f"its {group} is {stored.get(group)}, not {described[group]}"
-    for group in ("training", "data", "model"):
-        before, now = stored.get(group) or {}, described[group]
-        for name in now:
-            irrelevant = _IRRELEVANT if group == "training" else {"path"}
-            if before.get(name, _LATER.get(name)) != now[name] and name not in irrelevant:
-                return f"its {group} setting {name} is {before.get(name)!r}, not {now[name]!r}"
-    return "its configuration differs"
-
-
 def _fresh_state(run: _Run, network: nn.Module) -> State:
     settings = run.settings
     groups = parameter_groups(network, settings.weight_decay, decay_norm=settings.decay_norm)
@@ -668,7 +509,7 @@ def _stand_in(run: _Run, network: nn.Module) -> Folded | Captured | None:
 def _train(run: _Run, state: State) -> Result:
     stand_in = _stand_in(run, state.model)
     log = read_log(run.out / "log.jsonl", before=state.epoch)
-    with _stop_requests(patient=not run.group.alone) as requested:
+    with stop_requests(patient=not run.group.alone) as requested:
         if run.settings.on_nan == "rollback" and state.updates == 0:
             _save(run, state)  # what there is to go back to
         while state.epoch < run.settings.epochs and not _out_of_patience(run, state):
@@ -680,7 +521,7 @@ def _train(run: _Run, state: State) -> Result:
             number = _stop_signal(run, requested)
             if number and state.epoch < run.settings.epochs:
                 raise Interrupted(
-                    f"{_said(number)}: saved at the end of epoch {record['epoch']}; {onward(run.out)}", number
+                    f"{signal_name(number)}: saved at the end of epoch {record['epoch']}; {onward(run.out)}", number
                 )
         run.group.any(False)  # nobody leaves while the first process is still writing
     return Result(out=run.out, log=log, best=state.best, model=_evaluated(_whole(run, state) or state))
@@ -983,8 +824,8 @@ def _finish_epoch(
     if run.group.first(lambda: b"" if run.saves.insist(write, stopped=lambda: bool(requested)) else b"stopped"):
         number = _stop_signal(run, requested)
         raise Interrupted(
-            f"{_said(number)}: the disk did not take the end of epoch {epoch}, which will be computed again from the "
-            f"state before it; {onward(run.out)}",
+            f"{signal_name(number)}: the disk did not take the end of epoch {epoch}, which will be computed again from "
+            f"the state before it; {onward(run.out)}",
             number,
         )
     return record, probed.alarms if probed is not None else ()
@@ -1023,69 +864,6 @@ def _card(run: _Run, network: nn.Module) -> dict[str, Any]:
     }
 
 
-def selection_accuracy(
-    method: Method,
-    model: nn.Module,
-    split: SelectionSplit,
-    *,
-    seed: int,
-    device: torch.device,
-    group: Group = ALONE,
-) -> tuple[float, float]:
-    """Clean accuracy, and accuracy under margin PGD-10 in the method's threat model, on held-out training images.
-
-    The margin loss is used because methods that reweight instances flatten the logits, which misleads cross-entropy.
-
-    Args:
-        method: Its attack's ball is used; a method without one is measured without attack.
-        model: The weights to measure; its modes are left as found.
-        split: Images held out of the training set. A test split is refused.
-        seed: Seed of the attack's start; the same images get the same start in every epoch.
-        device: Where to compute.
-        group: Processes that measure together, each its share; they get the same result.
-
-    Returns:
-        Clean and robust accuracy in [0, 1]; an image is robust if no iterate of the attack is misclassified.
-
-    Raises:
-        UserError: `split` is not a selection split.
-    """
-    split = require_selection(split)
-    ball = getattr(method.at(Progress(epoch=1, epochs=1)).attack, "ball", None)
-    attack = None
-    if ball is not None:
-        attack = PGD(ball, Margin(), steps=SELECTION_STEPS, step_size=ball.radius / 4)
-    images = as_float(split.images.fetch(split.indices[:4])).to(device)
-    frozen: nn.Module = model
-    if not is_sharded(model):
-        with contextlib.suppress(FoldingError):  # the model itself is attacked then
-            frozen = fold(model, images)
-    right = safe = 0
-    usual: dict[str, Any] = {"shuffle": False, "drop_last": False, "device": device}
-    stream = batches(split, batch_size=500, epoch=0, seed=seed, group=ALONE if is_sharded(model) else group, **usual)
-    was_training = model.training
-    model.eval()
-    for number, batch in enumerate(stream):
-        counts = True
-        if is_sharded(model):  # every process makes every pass; a batch too small for all is everybody's, counted once
-            counts = len(batch) >= group.size or group.leads
-            batch = batch.share(group) if len(batch) >= group.size else batch
-        with torch.no_grad():
-            clean = model(batch.x).argmax(1) == batch.y
-        right += int(clean.sum()) if counts else 0
-        if attack is None:
-            safe += int(clean.sum()) if counts else 0
-            continue
-        draws = generator(seed, step=number, purpose="selection", device=device)
-        found = attack(frozen, batch, generator=draws)
-        with torch.no_grad():
-            final = model(found.x).argmax(1) == batch.y
-        safe += int((clean & final & (found.kappa == found.inspected)).sum()) if counts else 0
-    model.train(was_training)
-    right, safe = group.total(torch.tensor([right, safe])).tolist()
-    return right / len(split), safe / len(split)
-
-
 def _stop_signal(run: _Run, requested: list[int]) -> int:
     """The signal by which any process was asked to stop, so that all do after the same step; 0 if none was."""
     return run.group.largest(requested[0] if requested else 0)
@@ -1103,41 +881,11 @@ def _whole(run: _Run, state: State) -> State | None:
 
 def _interrupted(run: _Run, state: State, number: int) -> Interrupted:
     """Save, and say it."""
-    said = f"{_said(number)}: saved at epoch {state.epoch}, step {state.step} of {run.steps}"
+    said = f"{signal_name(number)}: saved at epoch {state.epoch}, step {state.step} of {run.steps}"
     whole = _whole(run, state)
     try:
         if run.group.leads:
             run.saves.write(whole or state)
     except WriteError as error:
-        said = f"{_said(number)}: {error} The state that was saved before is whole"
+        said = f"{signal_name(number)}: {error} The state that was saved before is whole"
     return Interrupted(f"{said}; {onward(run.out)}", number)
-
-
-def _said(number: int) -> str:
-    return signal.Signals(number).name
-
-
-@contextlib.contextmanager
-def _stop_requests(*, patient: bool) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step can be finished and saved.
-
-    Args:
-        patient: Whether further signals are ignored, as under ``torchrun``, which passes on what the terminal has sent
-            already, and kills after a grace period of its own. Otherwise the second one stops at once.
-    """
-    requested: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if requested and not patient:
-            raise KeyboardInterrupt
-        requested.append(number)
-
-    found = {}
-    with contextlib.suppress(ValueError):  # handlers can only be set in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            found[number] = signal.signal(number, note)
-    try:
-        yield requested
-    finally:
-        for number, handler in found.items():
-            signal.signal(number, handler)

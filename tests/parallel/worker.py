@@ -26,6 +26,8 @@ import torch.distributed.fsdp  # once, for all processes that are forked
 from torch import Tensor, nn
 
 import instar.data.resident
+import instar.description
+import instar.selection
 import instar.train
 from instar import (
     AWP,
@@ -245,8 +247,8 @@ def prepare() -> None:
     single = instar.data.resident.as_float
     for module in (instar.data.resident, instar.train):
         module.as_float = lambda given: single(given).double()
-    instar.train._git_state = lambda: None
-    instar.train.SELECTION_STEPS = 2
+    instar.description._git_state = lambda: None
+    instar.selection.SELECTION_STEPS = 2
     os.fsync = lambda descriptor: None
 
 
