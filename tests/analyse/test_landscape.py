@@ -183,8 +183,11 @@ def test_stored_surfaces_are_drawn_and_put_side_by_side(tmp_path: Path) -> None:
     both = compare(found)
     rise = both.tables["members"]["adversarial_half"] - both.tables["members"]["adversarial_loss"]
     assert both.figures["largest_rise"] == pytest.approx(float(rise.max()))
-    (figure,) = draw_compared(both).values()
-    assert {axes.get_label() for axes in figure.axes} == {"line", "distance"}
+    together = draw_compared(both)
+    assert {axes.get_label() for axes in together["weights"].axes} == {"line", "distance"}
+    assert [axes.get_label() for axes in together["planes"].axes] == ["plane 0", "plane 1"]
+    highest = [float((one.tables["plane"]["adversarial"] - one.figures["adversarial_loss"]).max()) for one in found]
+    assert f"up to {max(highest):.1f} nats" in together["planes"].get_suptitle().replace("\n", " ")
     with pytest.raises(UnavailableError, match="one checkpoint only"):
         compare(found[:1])
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from instar.analyse.analysis import COMPARED, Found, Table
+from instar.report.style import colours
 
 
 def members_of(named: Sequence[Found]) -> Table:
@@ -44,6 +45,55 @@ def extremes(values: np.ndarray) -> tuple[int, int]:
     order = np.argsort(values, kind="stable")
     known = order[: np.count_nonzero(~np.isnan(values))]
     return int((known if len(known) else order)[0]), int((known if len(known) else order)[-1])
+
+
+def shown_as(found: Found, chosen: Sequence[int] | None = None) -> tuple[list[str], list[str], str]:
+    """How members of a comparison are called and coloured in its pictures.
+
+    Args:
+        found: A comparison with a table ``members`` that has the column ``label``. A member whose protocol holds a
+            ``colour`` is shown in it: a page gives its runs their colours.
+        chosen: Positions of the members that are shown; None is all.
+
+    Returns:
+        Labels without what all of them end with, colours (``#RRGGBB``), and what they all end with (``"best"``).
+
+    Example:
+        >>> rows = {"members": {"label": np.array(["SPAT, best", "ISEAT, best"])}}
+        >>> labels, _, shared = shown_as(Found("demo", "", "", {}, rows, {}))
+        >>> labels, shared
+        (['SPAT', 'ISEAT'], 'best')
+    """
+    labels = [str(label) for label in found.tables["members"]["label"]]
+    named = found.protocol.get("members") or []
+    given = [str(one.get("colour") or "") for one in named] if len(named) == len(labels) else [""] * len(labels)
+    places = list(range(len(labels))) if chosen is None else list(chosen)
+    labels, given = [labels[k] for k in places], [given[k] for k in places]
+    told = colours(labels)
+    if all(given) and len(set(given)) == len(given):
+        told = given
+    shared: list[str] = []
+    while len({label.rpartition(", ")[2] for label in labels}) == 1 and all(", " in label for label in labels):
+        shorter = [label.rpartition(", ")[0] for label in labels]
+        if len(set(shorter)) < len(shorter):
+            break
+        shared.insert(0, labels[0].rpartition(", ")[2])
+        labels = shorter
+    return labels, told, ", ".join(shared)
+
+
+def all_of(shared: str) -> list[str]:
+    """A line for the footer that says what labels leave out, if they do.
+
+    Example:
+        >>> all_of("best"), all_of("")
+        (['All networks: best checkpoint.'], [])
+    """
+    if not shared:
+        return []
+    words = [f"{word} checkpoint" if word in ("best", "last") else word for word in shared.split(", ")]
+    words = [{"train": "training images", "test": "test images"}.get(word, word) for word in words]
+    return [f"All networks: {', '.join(words)}."]
 
 
 def images_of(named: Sequence[Found]) -> int:

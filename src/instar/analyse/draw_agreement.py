@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from instar.analyse.analysis import Found, Table
 from instar.analyse.sources import sources
+from instar.evaluate.intervals import holm
 from instar.report.distributions import TOP
-from instar.report.style import EASY, GREY, HARD, INK, PALE, RUNS, Sheet, lighter, percent_axis, styled
+from instar.report.style import EASY, GREY, HARD, INK, PALE, Sheet, lighter, percent_axis, styled
 from instar.report.wording import percent
 
 _BOTH = LinearSegmentedColormap.from_list("correlation", [HARD, "#FFFFFF", EASY])
+_WON = LinearSegmentedColormap.from_list("won", ["#FFFFFF", to_hex(lighter(EASY, 0.55)), EASY])
 _MOST_ROWS = 12
+_FEW_PAIRS = 3
+"""Up to so many pairs of runs have a colour each; more are dots of one colour, and a matrix."""
+_PAIRS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def draw(found: Found) -> dict[str, Figure]:
@@ -101,24 +106,30 @@ def _pairs_of(rows: Table) -> list[tuple[str, str]]:
 @styled
 def _stability(found: Found) -> Figure:
     rows = found.tables["stability"]
-    pairs = _pairs_of(rows)[: len(RUNS)]
-    names = list(dict.fromkeys(rows["measure"].tolist()))
+    pairs = _pairs_of(rows)
+    names = [
+        name
+        for name in dict.fromkeys(rows["measure"].tolist())
+        if np.isfinite(rows["spearman"][rows["measure"] == name]).any()
+    ]
+    few = len(pairs) <= _FEW_PAIRS
     sheet = Sheet(
-        max(2.4, 0.34 * len(names) + 1.0),
+        max(2.0, 0.36 * len(names) + 0.5 + 0.2 * few * len(pairs)),
         title=f"Runs agree on which training images are hard: mean rank correlation "
         f"{found.figures['mean_stability']:.2f}, "
         f"hardest tenths share {percent(found.figures['mean_overlap'])}",
-        subtitle="The same measure of difficulty in two runs. Right: of the hardest tenth of the images in one run, "
-        "the "
-        "share that is among the hardest tenth of the other; the dashed line is what chance gives.",
+        subtitle=("Every dot is a pair of runs" + ("" if few else f" ({len(pairs)} pairs), the bar their median"))
+        + ". Left: rank correlation of one measure of difficulty in both. Right: of the hardest tenth of the images in "
+        "one run, the share that is among the hardest tenth of the other; the dashed line is what chance gives.",
         footer=[
             *sources(found),
             "Runs of one seed see the same augmented images, which raises the agreement of training loss and κ.",
         ],
-        left=1.25,
+        left=1.55,
     )
     grid = sheet.grid(1, 2, wspace=0.1)
     y = np.arange(len(names))[::-1]
+    spread = np.linspace(0.22, -0.22, len(pairs)) if len(pairs) > 1 else np.zeros(1)
     for place, (column, title) in zip(
         grid, {"spearman": "Rank correlation", "overlap": "Hardest tenths in common"}.items(), strict=True
     ):
@@ -127,10 +138,16 @@ def _stability(found: Found) -> Figure:
             mine = (rows["a"] == a) & (rows["b"] == b)
             known = dict(zip(rows["measure"][mine].tolist(), rows[column][mine].tolist(), strict=True))
             axes.plot(
-                [known.get(name, np.nan) for name in names], y + 0.1 * (number - (len(pairs) - 1) / 2), "o",
-                color=RUNS[number], markersize=6.5, label=f"{a} and {b}",
+                [known.get(name, np.nan) for name in names], y + spread[number], "o", markersize=5.5 if few else 4.2,
+                color=_PAIRS[number] if few else EASY, alpha=1.0 if few else 0.5, markeredgewidth=0,
+                label=f"{a} and {b}", gid=f"{column}: {a} and {b}",
             )  # fmt: skip
+        for height, name in zip(y, names, strict=True):
+            middle = np.nanmedian(rows[column][rows["measure"] == name])
+            if not few:
+                axes.plot([middle, middle], [height - 0.32, height + 0.32], color=INK, linewidth=2, zorder=4)
         axes.set_yticks(y, names if column == "spearman" else [""] * len(names))
+        axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.grid(visible=True, axis="x")
         axes.spines["left"].set_visible(False)
@@ -141,29 +158,86 @@ def _stability(found: Found) -> Figure:
         else:
             lowest = float(np.nanmin(rows["spearman"]))
             axes.set_xlim(min(0.0, lowest - 0.05), 1)
-    sheet.figure.axes[-1].legend(fontsize=8, loc="lower right", borderaxespad=0.2)
+    if few:
+        sheet.figure.axes[0].legend(fontsize=8, loc="lower left", borderaxespad=0.2)
     return sheet.figure
 
 
 @styled
 def _wins(found: Found) -> Figure:
     rows = found.tables["wins"]
-    order = np.argsort(-(rows["only_a"] + rows["only_b"]), kind="stable")[:_MOST_ROWS]
+    named = list(dict.fromkeys([*rows["a"].tolist(), *rows["b"].tolist()]))
+    order = np.argsort(-(rows["only_a"] + rows["only_b"]), kind="stable")
+    matrix = _best_covered(rows) if len(named) > _FEW_PAIRS else None
+    if matrix is not None:  # of one evaluation only, so that all cells are about the same images
+        order = np.array([k for k in order if str(rows["evaluation"][k]) == matrix])
+    else:
+        order = order[:_MOST_ROWS]
     first = int(order[0])
+    a, b = ("a", "b") if rows["only_a"][first] >= rows["only_b"][first] else ("b", "a")
+    n = int(rows["n"][first])
     sheet = Sheet(
-        0.62 * len(order) + 0.9,
-        title=f"{rows['a'][first]} alone withstands {int(rows['only_a'][first]):,} of {int(rows['n'][first]):,} "
-        "images, "
-        f"{rows['b'][first]} alone {int(rows['only_b'][first]):,}",
+        0.62 * len(order) + 0.9 if matrix is None else 0.42 * len(named) + 0.2,
+        title=f"{rows[a][first]} withstands {int(rows[f'only_{a}'][first]):,} of {n:,} images that {rows[b][first]} "
+        f"does not, the reverse is true of {int(rows[f'only_{b}'][first]):,}",
         subtitle="The same test images under the same attacks: withstood by both runs, by one of them alone, or by "
-        "neither. "
-        "p: McNemar's exact test of whether the two win equally many.",
-        footer=[*sources(found, measured=False), "Robust: no attack of the suite breaks the image."],
-        left=0.2,
+        "neither. p: McNemar's exact test of whether the two win equally many."
+        if matrix is None
+        else f"How many of {n:,} test images the network of the row withstands and that of the column does not, all "
+        "attacks of the suite together; on the diagonal, all that it withstands. A star: the two differ (McNemar's "
+        f"exact test, p < 0.05, corrected after Holm for {len(order)} pairs).",
+        footer=[
+            *sources(found, measured=False),
+            "Robust: no attack of the suite breaks the image."
+            + ("" if matrix is None else f" Evaluation: {matrix}. The other evaluations are in the table."),
+        ],
+        left=0.2 if matrix is None else 0.75,
+        right=0.2 if matrix is None else 1.0,
+        bottom=0.5 if matrix is None else 0.35,
     )
     axes = sheet.figure.add_subplot(sheet.grid(1, 1)[0], label="wins")
-    _bars(axes, rows, order)
+    if matrix is None:
+        _bars(axes, rows, order)
+    else:
+        _matrix(axes, rows, order, named)
     return sheet.figure
+
+
+def _best_covered(rows: Table) -> str:
+    """The evaluation that most pairs of runs share; of equals the first."""
+    told = [str(name) for name in rows["evaluation"]]
+    return max(dict.fromkeys(told), key=told.count)
+
+
+def _matrix(axes: Axes, rows: Table, order: np.ndarray, named: list[str]) -> None:
+    """Images that the row wins against the column."""
+    named = [name for name in named if any(name in (str(rows["a"][k]), str(rows["b"][k])) for k in order)]
+    counts = np.full((len(named), len(named)), np.nan)
+    surely = np.array(holm(rows["p"][order].tolist())) < 0.05
+    stars = np.zeros_like(counts, dtype=bool)
+    for k, sure in zip(order, surely, strict=True):
+        i, j = named.index(str(rows["a"][k])), named.index(str(rows["b"][k]))
+        counts[i, j], counts[j, i] = rows["only_a"][k], rows["only_b"][k]
+        stars[i, j] = stars[j, i] = sure
+        counts[i, i], counts[j, j] = rows["both"][k] + rows["only_a"][k], rows["both"][k] + rows["only_b"][k]
+    diagonal = np.eye(len(named), dtype=bool)
+    highest = float(np.nanmax(counts[~diagonal], initial=1.0))
+    axes.imshow(np.where(diagonal, np.nan, counts), cmap=_WON, vmin=0, vmax=highest, aspect="auto")
+    for (i, j), value in np.ndenumerate(counts):
+        if np.isfinite(value):
+            dark = i != j and value > 0.6 * highest
+            axes.text(
+                j, i, f"{int(value):,}" + ("\N{NO-BREAK SPACE}*" if stars[i, j] else ""), ha="center", va="center",
+                color="white" if dark else GREY if i == j else INK, fontsize=9.5,
+                fontweight="bold" if stars[i, j] else "normal",
+            )  # fmt: skip
+    axes.set_xticks(range(len(named)), named)
+    axes.set_yticks(range(len(named)), named)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9.5)
+    axes.xaxis.tick_top()
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def _bars(axes: Axes, rows: Table, order: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from instar.analyse.analysis import Found, Table
-from instar.analyse.compared import extremes
+from instar.analyse.compared import all_of, extremes, shown_as
 from instar.analyse.lanczos import Density
 from instar.analyse.sources import sources
-from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, lighter, styled
+from instar.report.style import EASY, GREY, HARD, INK, Sheet, lighter, styled
 from instar.report.wording import power_of_ten
 
 _LEAST = 0.1
 """Expected eigenvalues per unit below which nothing is drawn."""
+_MANY = 1e6
+"""Eigenvalues per unit at which a row of the comparison ends."""
 _BETWEEN = "#B9770E"
 
 
@@ -213,64 +216,76 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 @styled
 def _spectra(found: Found) -> Figure:
     members, radii = found.tables["members"], found.tables["radii"]
-    labels = [str(label) for label in members["label"]]
+    labels, tones, shared = shown_as(found)
     flat, sharp = extremes(members["largest"])
     sizes = [int(one["model"]["parameters"]) for one in found.protocol["members"]]
     sheet = Sheet(
-        0.9 + 0.62 * len(labels) if len(labels) > 4 else 3.4,
+        max(2.2, 0.62 * len(labels)),
         title=f"The adversarial loss bends {members['largest'][sharp] / members['largest'][flat]:.1f} times as sharply "
         f"at {labels[sharp]} as at {labels[flat]}",
-        subtitle="Left: eigenvalues of the Hessian of the mean adversarial cross-entropy in the weights. Middle: the "
-        "largest one, full dots for the adversarial loss and open ones for the clean loss. Right: how far the loss of "
-        "the median image leaves its tangent within the ball.",
-        footer=[*sources(found), "Adversarial examples are held fixed."],
-        right=0.1,
+        subtitle="Left: where the eigenvalues of the Hessian of the mean adversarial cross-entropy in the weights lie; "
+        f"nearly all are close to 0, a lone bump is one direction (height: their number per unit, logarithmic, from "
+        f"{_LEAST:g} to 10⁶). Middle: the largest one, full for the adversarial loss, open for the clean loss. Right: "
+        "how far the loss of the median image leaves its tangent within the ball.",
+        footer=[*sources(found), *all_of(shared), "Adversarial examples are held fixed."],
+        left=0.75,
+        right=0.15,
     )
     instances = np.isfinite(members.get("nonlinearity", np.full(len(labels), np.nan))).any()
-    grid = sheet.grid(1, 3 if instances else 2, width_ratios=(1.7, 1.1, 0.9) if instances else (1.7, 1.1), wspace=0.25)
+    ratios = (1.9, 1.05, 0.85) if instances else (1.9, 1.05)
+    grid = sheet.grid(1, len(ratios), width_ratios=ratios, wspace=0.12)
     axes = sheet.figure.add_subplot(grid[0], label="density")
     at, width = _grid(float(radii["smallest"].min()), float(radii["largest"].max()))
-    for k, label in enumerate(labels):
+    for k, (label, tone) in enumerate(zip(labels, tones, strict=True)):
         values = sizes[k] * _density(found.tables["spectrum"], member=k).smoothed(at, width)
-        axes.plot(at, np.maximum(values, _LEAST), color=RUNS[k % len(RUNS)], label=label)
+        height = 0.92 * np.log10(np.maximum(values, _LEAST) / _LEAST) / np.log10(_MANY / _LEAST)
+        shown = len(labels) - 1 - k + np.minimum(height, 1.0)
+        axes.fill_between(at, len(labels) - 1 - k, shown, color=lighter(tone, 0.7), linewidth=0)
+        axes.plot(at, shown, color=tone, label=label, linewidth=1.3, gid=f"density: {label}")
     axes.set_xlim(at[0], at[-1])
-    _count_axis(axes)
+    axes.set_ylim(-0.06, len(labels))
+    axes.set_yticks(np.arange(len(labels))[::-1] + 0.3, labels)
+    axes.tick_params(axis="y", labelcolor=INK, labelsize=9.5)
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
+    axes.spines["left"].set_visible(False)
     axes.set_xlabel("eigenvalue")
-    axes.set_title("Eigenvalues per unit of the axis")
+    axes.set_title("All eigenvalues")
     axes = sheet.figure.add_subplot(grid[1], label="largest")
-    _rows(axes, labels, members["largest"], members.get("largest_clean"))
-    axes.set_title("Largest eigenvalue")
+    _rows(axes, members["largest"], members.get("largest_clean"), tones, digits=1)
+    axes.set_xlabel("eigenvalue")
+    axes.set_title("The largest one")
     if instances:
         axes = sheet.figure.add_subplot(grid[2], label="nonlinearity")
-        _rows(axes, labels, members["nonlinearity"], None, named=False)
-        axes.set_title("Off the tangent, nats")
+        _rows(axes, members["nonlinearity"], None, tones, digits=3)
+        axes.set_xlabel("nats")
+        axes.set_title("Off the tangent")
     return sheet.figure
 
 
-def _rows(axes: Axes, labels: list[str], values: np.ndarray, others: np.ndarray | None, *, named: bool = True) -> None:
-    """One dot a member, with its value, and an open one for another value."""
-    style: dict[str, Any] = {"markersize": 7, "linestyle": "", "zorder": 3}
-    for k, value in enumerate(values):
-        colour = RUNS[k % len(RUNS)]
-        if others is not None and np.isfinite(others[k]):
-            axes.plot([others[k], value], [k, k], color=lighter(colour, 0.55), linewidth=2)
+def _rows(axes: Axes, values: np.ndarray, others: np.ndarray | None, tones: Sequence[str], *, digits: int) -> None:
+    """One dot a member, with its value, and an open one for another value; the first member is at the top."""
+    y = np.arange(len(values))[::-1] + 0.3
+    for place, value, other, tone in zip(
+        y, values, np.full(len(values), np.nan) if others is None else others, tones, strict=True
+    ):
+        ends = [value]
+        if np.isfinite(other):
+            axes.plot([other, value], [place, place], color=lighter(tone, 0.55), linewidth=2)
             # Larger, so that it is seen around a dot in the same place.
             ring: dict[str, Any] = {"markersize": 10, "markeredgewidth": 1.6, "markerfacecolor": "white"}
-            axes.plot([others[k]], [k], "o", linestyle="", markeredgecolor=colour, zorder=2, **ring)
-        axes.plot([value], [k], "o", color=colour, **style)
-        if named:
-            axes.annotate(
-                labels[k], (0, k), xycoords=("axes fraction", "data"), xytext=(2, 11), textcoords="offset points",
-                fontsize=8.5, fontweight="bold", color=colour,
-            )  # fmt: skip
+            axes.plot([other], [place], "o", linestyle="", markeredgecolor=tone, zorder=2, **ring)
+            ends.append(other)
+        axes.plot([value], [place], "o", color=tone, markersize=7, linestyle="", zorder=3)
         axes.annotate(
-            f"{value:.2g}", (value, k), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8, color=INK,
+            f"{value:.{digits}f}", (max(ends), place), xytext=(9, 0), textcoords="offset points", va="center",
+            fontsize=8.5,
         )  # fmt: skip
-    axes.set_ylim(len(labels) - 0.45, -0.6)
+    axes.set_ylim(-0.06, len(values))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     top = np.nanmax(values if others is None else np.concatenate([values, others]))
-    axes.set_xlim(0, 1.15 * float(top))
+    axes.set_xlim(0, 1.32 * float(top))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
     axes.grid(visible=False)
     axes.grid(visible=True, axis="x")

@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instar.analyse.analysis import Found, Table
-from instar.analyse.compared import extremes
+from instar.analyse.compared import all_of, extremes, shown_as
 from instar.analyse.sources import sources
-from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, lighter, percent_axis, styled
+from instar.report.style import EASY, GREY, HARD, INK, Sheet, lighter, percent_axis, styled
 from instar.report.wording import percent
 
 _BY_KAPPA = LinearSegmentedColormap.from_list("kappa", [HARD, "#E9B98C", "#C9CCD1", "#8FBEDC", EASY])
 _MOST_DOTS = 3000
+_ACROSS = 7
+"""Names in one row of a legend."""
 _WORDS = {"friendly": "Around friendly points", "adversarial": "Around the most adversarial points"}
 _WAYS = {"uphill": ("along the gradient", HARD), "random": ("along random signs", EASY)}
 
@@ -165,17 +167,18 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 @styled
 def _geometry(found: Found) -> Figure:
     members, kappa, flat = found.tables["members"], found.tables["kappa"], found.tables["flatness"]
-    labels = [str(label) for label in members["label"]]
+    labels, tones, shared = shown_as(found)
     low, high = extremes(members["guarded"])
     sheet = Sheet(
         3.4,
         title=f"{labels[high]} guards {percent(members['guarded'][high])} of the images, {labels[low]} "
         f"{percent(members['guarded'][low])}",
-        subtitle="Left: share of the images whose κ is at least so many steps. Middle and right: mean "
-        "change of the loss along the gradient, around friendly points and the most adversarial ones.",
-        footer=sources(found),
+        subtitle="Left: share of the images that are still classified correctly after so many steps of PGD (their κ "
+        "is at least that; guarded: all K). Middle and right: mean change of the loss along the gradient around the "
+        "first iterate that is misclassified (friendly) and around the last one; a steeper line is a sharper loss.",
+        footer=[*sources(found), *all_of(shared)],
         right=0.1,
-        bottom=0.5 + 0.22 * -(-len(labels) // 4),
+        bottom=0.5 + 0.22 * -(-len(labels) // _ACROSS),
     )
     grid = sheet.grid(1, 3, width_ratios=(1.1, 1, 1), wspace=0.32)
     axes = sheet.figure.add_subplot(grid[0], label="kappa")
@@ -183,12 +186,12 @@ def _geometry(found: Found) -> Figure:
         rows = kappa["member"] == k
         survived, share = kappa["survived"][rows], kappa["share"][rows]
         standing = 1 - np.cumsum(share)[:-1]  # of κ at least 1, 2, ..., K
-        axes.plot(survived[1:], standing, color=RUNS[k % len(RUNS)], label=label, marker="o", markersize=3.5)
+        axes.plot(survived[1:], standing, color=tones[k], label=label, marker="o", markersize=3.5)
     axes.set_xlim(0, 1.02)
     axes.set_xticks([0, 0.5, 1], ["0", "K / 2", "K"])
     axes.set_xlabel("steps withstood")
     percent_axis(axes)
-    axes.set_title("Images still classified correctly")
+    axes.set_title("Still classified correctly")
     handles, names = axes.get_legend_handles_labels()
     top = max(float(flat["mean"][flat["direction"] == "uphill"].max()), 0.0)
     bottom = min(float(flat["mean"][flat["direction"] == "uphill"].min()), 0.0)
@@ -196,7 +199,7 @@ def _geometry(found: Found) -> Figure:
         axes = sheet.figure.add_subplot(grid[place], label=centre)
         for k in range(len(labels)):
             rows = (flat["member"] == k) & (flat["centre"] == centre) & (flat["direction"] == "uphill")
-            axes.plot(flat["distance"][rows], flat["mean"][rows], color=RUNS[k % len(RUNS)])
+            axes.plot(flat["distance"][rows], flat["mean"][rows], color=tones[k])
         axes.set_xlim(-1, 1)
         axes.set_ylim(bottom - 0.06 * (top - bottom), top + 0.06 * (top - bottom))
         axes.set_xticks([-1, 0, 1], ["−eps", "0", "eps"])
@@ -205,7 +208,7 @@ def _geometry(found: Found) -> Figure:
         if place == 1:
             axes.set_ylabel("change of the loss, nats")
     sheet.figure.legend(
-        handles, names, loc="upper left", ncols=4, columnspacing=1.5,
+        handles, names, loc="upper left", ncols=_ACROSS, columnspacing=1.5,
         bbox_to_anchor=(sheet.left - 0.01, sheet.bottom - 0.42 / sheet.figure.get_figheight()),
     )  # fmt: skip
     return sheet.figure

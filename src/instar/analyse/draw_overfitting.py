@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from instar.analyse.analysis import Found, Table
+from instar.analyse.compared import shown_as
 from instar.analyse.sources import sources
 from instar.evaluate.intervals import wilson
 from instar.report.style import EASY, GREY, HARD, INK, RUNS, Sheet, epoch_axis, lighter, percent_axis, styled
@@ -159,7 +161,7 @@ def _times(axes: Axes, instances: Table, figures: Any) -> None:
 @styled
 def _side_by_side(found: Found) -> Figure:
     members, rows = found.tables["members"], found.tables["epochs"]
-    labels = [str(label) for label in members["label"]][: len(RUNS)]
+    labels, tones, _ = shown_as(found, range(min(len(RUNS), len(members["label"]))))
     drop, noise = members["drop"], members["noise"]
     most = int(np.argmax(drop[: len(labels)]))
     title = (
@@ -172,7 +174,7 @@ def _side_by_side(found: Found) -> Figure:
     panels = ["robust", "gap", *(["forgotten"] if events else [])]
     titles = {
         "robust": "Robust accuracy, held out",
-        "gap": "Training batches minus held out",
+        "gap": "Training minus held out, points",
         "forgotten": "Forgotten since last time",
     }
     columns = {"robust": "selection_robust", "gap": "gap", "forgotten": "forgotten_share"}
@@ -194,14 +196,17 @@ def _side_by_side(found: Found) -> Figure:
             mine = rows["member"] == number
             x, y = rows["epoch"][mine] + 1, rows[columns[name]][mine]
             marker: dict[str, Any] = {"marker": "o", "markersize": 3} if longest <= _MOST_MARKERS else {}
-            axes.plot(x, y, color=RUNS[number], label=label, gid=f"{name}: {label}", **marker)
+            axes.plot(x, y, color=tones[number], label=label, gid=f"{name}: {label}", **marker)
             if name == "robust":
                 best = int(np.argmax(y))
-                axes.plot(x[best], y[best], "o", color=RUNS[number], markersize=8, markeredgecolor="white", zorder=4)
+                axes.plot(x[best], y[best], "o", color=tones[number], markersize=8, markeredgecolor="white", zorder=4)
             if np.isfinite(y).any():
                 highest, lowest = max(highest, float(np.nanmax(y))), min(lowest, float(np.nanmin(y)))
         percent_axis(axes, highest=1.12 * highest)
-        axes.set_ylim(1.1 * lowest, 1.12 * highest)
+        axes.set_ylim(1.2 * lowest - 0.02 * highest * (lowest < 0), 1.12 * highest)
+        if name == "gap":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.0f}".replace("-", "−")))
+            axes.axhline(0, color=GREY, linewidth=0.8)
         epoch_axis(axes, longest)
         axes.set_title(titles[name])
         if name == "robust":

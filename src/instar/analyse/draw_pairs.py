@@ -8,11 +8,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from instar.analyse.analysis import Found, Table
-from instar.analyse.compared import extremes
+from instar.analyse.compared import all_of, extremes, shown_as
 from instar.analyse.sources import sources
-from instar.report.style import EASY, GREY, HARD, INK, PALE, RUNS, Sheet, lighter, percent_axis, styled
+from instar.report.style import EASY, HARD, INK, PALE, RUNS, Sheet, lighter, percent_axis, styled
 from instar.report.wording import percent
 
 _HEAT = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F7DCC4", HARD])
@@ -208,7 +209,7 @@ def _named_dots(axes: Axes, pairs: Table, chosen: np.ndarray, name: str, named: 
 @styled
 def _hardest_pairs(found: Found) -> Figure:
     named, members, pairs = _names(found), found.tables["members"], found.tables["pairs"]
-    labels = [str(label) for label in members["label"]][:_MOST_MEMBERS]
+    labels, tones, shared = shown_as(found, range(min(_MOST_MEMBERS, len(members["label"]))))
     shares = np.stack([pairs[f"attacked_{k}"] for k in range(len(labels))])
     known = (pairs["true"] != pairs["predicted"]) & np.isfinite(shares).any(0)
     highest = np.where(known, np.nan_to_num(shares).max(0), -1.0)
@@ -216,59 +217,67 @@ def _hardest_pairs(found: Found) -> Figure:
     first = int(order[0])
     pair = f"{named[int(pairs['true'][first])]} → {named[int(pairs['predicted'][first])]}"
     low, high = extremes(shares[:, first])
+    each = max(int(one.get("n", 0)) for one in found.protocol.get("members") or [{}]) / max(len(named), 1)
+    chance = 100 * 1.96 * float(np.sqrt(max(highest[first] * (1 - highest[first]), 0.0) / max(each, 1.0)))
     sheet = Sheet(
-        max(3.2, 0.28 * len(order) + 0.9),
+        max(3.4, 0.36 * len(order) + 0.4),
         title=f"{pair} under attack: {percent(shares[high, first])} for {labels[high]}, {percent(shares[low, first])} "
-        "for "
-        f"{labels[low]}",
-        subtitle="The ordered pairs of classes that are mistaken for each other most under attack, true → predicted. "
-        "Right: "
-        "robust accuracy under this attack, and which share of the errors of a class goes to the class it is taken for "
-        "most, averaged over classes.",
-        footer=sources(found),
-        left=1.35,
+        f"for {labels[low]}",
+        subtitle="Left: how many images of a class (before the arrow) are taken for another (behind it) under attack; "
+        "the pairs that are mistaken most"
+        + (
+            f". Each class has about {each:.0f} images, so that chance alone moves a dot by ±{chance:.0f} points"
+            * (each >= 1)
+        )
+        + ". Right: robust accuracy under this attack, and the share of a class's errors that goes to one class alone, "
+        "averaged over classes.",
+        footer=[*sources(found), *all_of(shared)],
+        left=1.2,
     )
-    grid = sheet.grid(1, 2, width_ratios=(2, 1), wspace=0.12)
+    grid = sheet.grid(1, 2, width_ratios=(2.3, 1), wspace=0.34)
     axes = sheet.figure.add_subplot(grid[0], label="pairs")
     y = np.arange(len(order))[::-1]
+    # Each member has its own height within a row: equal shares would hide one another.
+    beside = np.linspace(0.27, -0.27, len(labels)) if len(labels) > 1 else np.zeros(1)
     for place, k in zip(y, order, strict=True):
-        axes.plot([np.nanmin(shares[:, k]), np.nanmax(shares[:, k])], [place, place], color=PALE, linewidth=3, zorder=1)
-    for number, label in enumerate(labels):
+        ends = np.nanmin(shares[:, k]), np.nanmax(shares[:, k])
+        axes.barh(place, ends[1] - ends[0], left=ends[0], height=0.76, color=lighter(PALE, 0.45), linewidth=0, zorder=1)
+    for number, (label, tone) in enumerate(zip(labels, tones, strict=True)):
         axes.plot(
-            shares[number, order], y, "o", color=RUNS[number], markersize=6, label=label, gid=f"pairs: {label}",
-            markerfacecolor=RUNS[number] if number % 2 == 0 else "white", markeredgewidth=1.6,
+            shares[number, order], y + beside[number], "o", color=tone, markersize=6, label=label,
+            gid=f"pairs: {label}", markeredgewidth=0,
         )  # fmt: skip
     axes.set_yticks(y, [f"{named[int(pairs['true'][k])]} → {named[int(pairs['predicted'][k])]}" for k in order])
-    axes.tick_params(axis="y", labelsize=8.5)
+    axes.tick_params(axis="y", labelsize=9, labelcolor=INK)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
     axes.spines["left"].set_visible(False)
-    percent_axis(axes, which="x", highest=1.06 * float(np.nanmax(shares)))
+    percent_axis(axes, which="x", highest=min(1.0, 1.06 * float(np.nanmax(shares[:, order])) + 0.005))
     axes.set_xlabel("share of the images of the true class")
-    axes.set_title("Hardest pairs")
-    axes.legend(fontsize=8, loc="lower right", borderaxespad=0.2)
+    axes.set_title("Hardest pairs, true → predicted")
     axes = sheet.figure.add_subplot(grid[1], label="members")
     rows = np.arange(len(labels))[::-1]
-    for row, number in zip(rows, range(len(labels)), strict=True):
-        for column, (name, offset) in {
-            "robust_accuracy": ("robust", 0.17),
-            "mean_top_wrong_of_errors": ("top", -0.17),
+    for row, (number, tone) in zip(rows, enumerate(tones), strict=True):
+        for column, (said, offset, colour) in {
+            "robust_accuracy": ("robust", 0.17, tone),
+            "mean_top_wrong_of_errors": ("of the errors", -0.17, lighter(tone, 0.6)),
         }.items():
             value = float(members[column][number])
-            colour = RUNS[number] if name == "robust" else lighter(RUNS[number], 0.6)
             axes.barh(row + offset, value, height=0.3, color=colour)
-            said = "robust" if name == "robust" else "of the errors"
             axes.annotate(
                 f"{percent(value)} {said}", (value, row + offset), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=7.5, color=GREY,
+                va="center", fontsize=8, color=INK,
             )  # fmt: skip
-    axes.set_yticks([])
+    axes.set_yticks(rows, labels)
+    axes.tick_params(axis="y", labelsize=9, labelcolor=INK)
     axes.set_ylim(min(-0.7, len(labels) - 5.3), len(labels) - 0.3)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     percent_axis(axes, which="x", highest=1.0)
     axes.set_xlim(
-        0, 1.7 * float(max(np.nanmax(members["robust_accuracy"]), np.nanmax(members["mean_top_wrong_of_errors"])))
+        0, 1.9 * float(max(np.nanmax(members["robust_accuracy"]), np.nanmax(members["mean_top_wrong_of_errors"])))
     )
-    axes.set_title("Robust, and the commonest error")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10]))
+    axes.set_title("Robust; commonest error")
     return sheet.figure

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instar.analyse.analysis import Found, Table
-from instar.analyse.compared import extremes
+from instar.analyse.compared import extremes, shown_as
 from instar.report.distributions import Survival
 from instar.report.geometry import bands
-from instar.report.style import GREY, INK, RUNS, Sheet, epoch_axis, lighter, percent_axis, styled
+from instar.report.style import GREY, INK, Sheet, epoch_axis, lighter, percent_axis, styled
 from instar.report.wording import count_range, percent
 
 _MOST_MARKERS = 40
@@ -180,7 +180,7 @@ def draw_compared(found: Found) -> dict[str, Figure]:
 @styled
 def _several(found: Found) -> Figure:
     members, epochs = found.tables["members"], found.tables["epochs"]
-    labels = [str(label) for label in members["label"]]
+    labels, tones, _ = shown_as(found)
     low, high = extremes(members["guarded"])
     sheet = Sheet(
         3.3,
@@ -190,7 +190,7 @@ def _several(found: Found) -> Figure:
         "weaker attack guards more. Guarded images withstand all of them, attackable ones none.",
         footer=_sources(found),
         right=0.1,
-        bottom=0.5 + 0.22 * -(-len(labels) // 4),
+        bottom=0.5 + 0.22 * -(-len(labels) // 7),
     )
     grid = sheet.grid(1, 3, wspace=0.28)
     most = int(epochs["epoch"].max()) + 1
@@ -204,7 +204,7 @@ def _several(found: Found) -> Figure:
         for k, label in enumerate(labels):
             rows = epochs["member"] == k
             axes.plot(
-                epochs["epoch"][rows] + 1, values[rows], color=RUNS[k % len(RUNS)], label=label,
+                epochs["epoch"][rows] + 1, values[rows], color=tones[k], label=label,
                 marker="o" if most <= _MOST_MARKERS else None, markersize=3.5,
             )  # fmt: skip
         epoch_axis(axes, most)
@@ -212,7 +212,7 @@ def _several(found: Found) -> Figure:
         axes.set_title(title)
     handles, names = axes.get_legend_handles_labels()
     sheet.figure.legend(
-        handles, names, loc="upper left", ncols=4, columnspacing=1.5,
+        handles, names, loc="upper left", ncols=7, columnspacing=1.5,
         bbox_to_anchor=(sheet.left - 0.01, sheet.bottom - 0.42 / sheet.figure.get_figheight()),
     )  # fmt: skip
     return sheet.figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from instar.analyse.analysis import Found
 from instar.attacks import PGD, Attack
 from instar.evaluate.progress import spoken
 from instar.expression import number
+from instar.report.wording import grouped
 
 
 def sources(found: Found, *, measured: bool = True) -> list[str]:
@@ -41,7 +43,7 @@ def sources(found: Found, *, measured: bool = True) -> list[str]:
     attack = found.protocol.get("attack")
     if attack and measured:
         seconds = sum(float(one.get("seconds") or 0.0) for one in members)
-        lines.append(f"Attack: {attack}." + (f" It took {spoken(seconds)}." if seconds >= 1 else ""))
+        lines.append(f"Attack: {_with_levels(str(attack))}." + (f" It took {spoken(seconds)}." if seconds >= 1 else ""))
     return lines
 
 
@@ -60,6 +62,16 @@ def in_words(attack: Attack) -> str:
     steps, size = attack.numbers()
     moves = f"step {_levels(float(size))}, start {attack.start!r}"
     return f"PGD-{steps} on {attack.objective!r} in {attack.ball!r}, {moves}"
+
+
+def _with_levels(attack: str) -> str:
+    """An attack whose step size older results wrote with all digits of its binary number.
+
+    Example:
+        >>> _with_levels("PGD-20, step 0.003137254901960784, start Uniform()")
+        'PGD-20, step 0.8/255, start Uniform()'
+    """
+    return re.sub(r"(?<=step )0\.\d{8,}", lambda found: _levels(float(found[0])), attack)
 
 
 def _levels(size: float) -> str:
@@ -83,6 +95,6 @@ def _model(model: Any) -> str | None:
 
 def _images(protocol: Mapping[str, Any]) -> str | None:
     if protocol.get("images"):
-        return str(protocol["images"])
+        return grouped(str(protocol["images"]))
     n = protocol.get("n")
     return f"n = {n:,}" if n else None

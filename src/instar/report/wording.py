@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -42,6 +43,16 @@ def significant(value: float) -> str:
         ('7.0', '0.054', '2.6e-05')
     """
     return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
+
+
+def grouped(text: str) -> str:
+    """Text in which whole numbers of five digits or more are written in groups of three.
+
+    Example:
+        >>> grouped("first 500 of the 10000 test images, eps 0.003137254901960784")
+        'first 500 of the 10,000 test images, eps 0.003137254901960784'
+    """
+    return re.sub(r"(?<![\w.,])\d{5,}(?![\w.,]\d)\b", lambda found: f"{int(found[0]):,}", text)
 
 
 def power_of_ten(value: float, position: int | None = None) -> str:
