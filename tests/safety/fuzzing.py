@@ -129,6 +129,34 @@ class Watch:
 WATCH = Watch()
 
 
+def read_one(target: Target, content: bytes, outcome: Outcome) -> None:
+    """Read one input, and count what it did."""
+    outcome.inputs += 1
+    WATCH.seen.clear()
+    begun = time.perf_counter()
+    WATCH.active = True
+    try:
+        target.read(content)
+        outcome.accepted += 1
+    except UserError as error:
+        outcome.refused += 1
+        if "\n" in str(error) or not str(error):
+            outcome.crashes.append((content, f"a message that is not one line: {str(error)!r}"))
+    except BaseException as error:  # also SystemExit, MemoryError and RecursionError: a reader raises none of them
+        WATCH.active = False
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        outcome.crashes.append((content, f"{type(error).__name__}: {error}"))
+    finally:
+        WATCH.active = False
+    spent = time.perf_counter() - begun
+    outcome.slowest = max(outcome.slowest, spent)
+    if spent > SLOW:
+        outcome.crashes.append((content, f"it took {spent:.1f} s"))
+    if WATCH.seen:
+        outcome.crashes.append((content, WATCH.seen[0]))
+
+
 def fuzz(target: Target, *, inputs: int, seed: int, progress: Callable[[int], None] = lambda done: None) -> Outcome:
     """Read mutated inputs.
 
@@ -146,30 +174,7 @@ def fuzz(target: Target, *, inputs: int, seed: int, progress: Callable[[int], No
     for content in stream:
         if outcome.inputs >= inputs or len(outcome.crashes) >= 10:
             return outcome
-        outcome.inputs += 1
-        WATCH.seen.clear()
-        begun = time.perf_counter()
-        WATCH.active = True
-        try:
-            target.read(content)
-            outcome.accepted += 1
-        except UserError as error:
-            outcome.refused += 1
-            if "\n" in str(error) or not str(error):
-                outcome.crashes.append((content, f"a message that is not one line: {str(error)!r}"))
-        except BaseException as error:  # also SystemExit, MemoryError and RecursionError: a reader raises none of them
-            WATCH.active = False
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            outcome.crashes.append((content, f"{type(error).__name__}: {error}"))
-        finally:
-            WATCH.active = False
-        spent = time.perf_counter() - begun
-        outcome.slowest = max(outcome.slowest, spent)
-        if spent > SLOW:
-            outcome.crashes.append((content, f"it took {spent:.1f} s"))
-        if WATCH.seen:
-            outcome.crashes.append((content, WATCH.seen[0]))
+        read_one(target, content, outcome)
         if outcome.inputs % 1000 == 0:
             progress(outcome.inputs)
     raise AssertionError("the stream of mutations has no end")
