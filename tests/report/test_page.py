@@ -27,6 +27,7 @@ from instar.evaluate.record import Record
 from instar.report import read
 from instar.report.page import render, write_page
 from instar.report.page.assemble import build
+from instar.report.page.evaluations import differences_by_run
 from instar.report.page.numbers import has_parquet
 
 COUNTS = {"clean": 160, "pgd_20": 90, "autoattack": 60, "worst_case": 60}
@@ -195,6 +196,40 @@ def test_runs_are_quoted_at_the_same_checkpoint(
     assert view.differences, view.differences_note
     assert [head[:2] for head in view.heads] == [("GAIRAT", "last"), ("TRADES", "best"), ("TRADES", "last")]
     assert {row[2]: row[3] for row in view.differences}["AutoAttack"] == "−5.0"
+    assert made.lead.startswith(
+        "GAIRAT keeps most under AutoAttack, 30.0\N{NO-BREAK SPACE}% of 200 test images, TRADES fewest, 25.0"
+    )
+    assert "TRADES cannot be told from GAIRAT" in made.lead
+    assert made.overview[:2] == ["Clean accuracy", "Under AutoAttack"]
+    document = Document(render(made))
+    assert document.all("table")[0]["class"] == "scores overview"
+    told = "".join(document.words)
+    assert all(card.value in told and card.interval.removeprefix("95 %: ") in told for card in made.runs[1].cards[:2])
+
+
+def test_differences_of_a_run_share_a_row_only_where_all_runs_were_compared_by_the_same_attacks() -> None:
+    cells = [(arm, "PGD-AT", attack, "+1.0", "", "1", "") for arm in ("SPAT", "TRADES") for attack in ("clean", "FGSM")]
+    assert differences_by_run(cells) == [("SPAT", cells[:2]), ("TRADES", cells[2:])]
+    assert differences_by_run(cells[:3]) == []
+
+
+def test_analyses_of_several_runs_stand_side_by_side_with_the_numbers_of_each(trained: Path, tmp_path: Path) -> None:
+    from instar.analyse import analyse
+
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        shutil.copytree(trained, folder)
+        analyse(folder, only=["overfitting"])
+    made, failed = build(folders, examples=0)
+    assert failed == []
+    (view,) = [view for view in made.analyses if view.label == "side by side"]
+    assert [name for name, _ in view.heads] == [run.name for run in made.runs]
+    assert [colour for _, colour in view.heads] == [run.colour for run in made.runs]
+    assert len(view.singles) == 2
+    assert {len(cells) for _, cells in view.rows} == {2}
+    assert view.pictures
+    assert view.key == "analysis-overfitting"
+    assert "Run by run: 2 runs" in render(made)
 
 
 def test_galleries_show_examples_within_the_ball_and_what_the_model_says(trained: Path) -> None:

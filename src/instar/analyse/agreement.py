@@ -225,8 +225,8 @@ def compare(founds: Sequence[Found]) -> Found:
     if len(wins["a"]):
         widest = int(np.argmax(wins["only_a"] + wins["only_b"]))
         told += (
-            f" {wins['a'][widest]} alone withstands {int(wins['only_a'][widest]):,} of {int(wins['n'][widest]):,} test "
-            f"images and {wins['b'][widest]} alone {int(wins['only_b'][widest]):,}."
+            f" {wins['a'][widest]} withstands {int(wins['only_a'][widest]):,} of {int(wins['n'][widest]):,} test "
+            f"images that {wins['b'][widest]} does not, the reverse is true of {int(wins['only_b'][widest]):,}."
         )
     return Found(NAME, TITLE, told.strip(), figures, tables, protocol_of(named))
 

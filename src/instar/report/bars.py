@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -17,8 +17,8 @@ from instar.errors import UserError
 from instar.evaluate.record import Record
 from instar.evaluate.sanity import Finding
 from instar.report.stored import read
-from instar.report.style import GREY, INK, PALE, RUNS, WIDTH, Sheet, lighter, percent_axis, styled
-from instar.report.wording import percent
+from instar.report.style import GREY, INK, PALE, RUNS, WIDTH, Sheet, colours, lighter, percent_axis, styled
+from instar.report.wording import grouped, percent
 
 _GAPS = {"pgd_minus_autoattack": "PGD − AutoAttack", "pgd_minus_margin": "PGD − margin PGD"}
 """The checks that compare PGD on cross-entropy with a stronger attack, the one that says more first."""
@@ -26,7 +26,9 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 @styled
-def evaluation_bars(records: Sequence[Record], *, labels: Sequence[str] | None = None) -> Figure:
+def evaluation_bars(
+    records: Sequence[Record], *, labels: Sequence[str] | None = None, tones: Mapping[str, str] | None = None
+) -> Figure:
     """Accuracy under each attack with Wilson's 95 % intervals, checkpoints and runs side by side.
 
     A second panel shows by how much PGD on cross-entropy overstates robustness: its accuracy minus AutoAttack's (margin
@@ -36,6 +38,7 @@ def evaluation_bars(records: Sequence[Record], *, labels: Sequence[str] | None =
         records: Evaluations in one threat model on the same images. Checkpoints of one model share a colour; the last
             one is pale.
         labels: Name of the model of each record; None takes what the record says.
+        tones: Colour of each label, ``#RRGGBB``; None is `instar.report.style.colours` of them.
 
     Returns:
         The figure, with axes ``accuracy`` and, if any record has the gap, ``gap``. Bars carry ``<column>: <name>`` as
@@ -61,7 +64,7 @@ def evaluation_bars(records: Sequence[Record], *, labels: Sequence[str] | None =
         subtitle="Accuracy under each attack with 95 % Wilson intervals."
         + (" Right: by how much PGD on cross-entropy overstates robustness." if known else ""),
         footer=[
-            f"{protocol['norm']} {protocol['eps']} · {protocol['images']}, n = {shown[0].n:,} · seed "
+            f"{protocol['norm']} {protocol['eps']} · {grouped(protocol['images'])}, n = {shown[0].n:,} · seed "
             f"{protocol['seed']} · {protocol['precision']} · BatchNorm {protocol['bn_mode']} · suite "
             f"{_listed(item.suite for item in shown)} · Instar {protocol['versions']['instar']}",
             "; ".join(dict.fromkeys(f"{item.checkpoint}: {item.protocol['checkpoint']['rule']}" for item in shown))
@@ -73,7 +76,7 @@ def evaluation_bars(records: Sequence[Record], *, labels: Sequence[str] | None =
     )
     widths = (max(2.0, 0.55 * len(columns)), 1) if known else (1,)
     grid = sheet.grid(1, len(widths), width_ratios=widths, wspace=0.42)
-    looks = _looks(models, shown)
+    looks = _looks(models, shown, tones)
     _bars(sheet.figure.add_subplot(grid[0], label="accuracy"), shown, full, columns, looks)
     if known:
         rows = [(name, gap, look) for name, gap, look in zip(full, gaps, looks, strict=True) if gap is not None]
@@ -152,12 +155,13 @@ def _title(records: Sequence[Record], full: Sequence[str], gaps: Sequence[Findin
     return f"{title}; PGD on cross-entropy overstates {whose} by {points}"
 
 
-def _looks(models: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
+def _looks(models: Sequence[str], records: Sequence[Record], tones: Mapping[str, str] | None) -> list[dict[str, Any]]:
     """Face and edge of each record's bars: a colour for the model, pale for the last of several checkpoints."""
     order = list(dict.fromkeys(models))
+    tones = dict(zip(order, colours(order), strict=True)) if tones is None else tones
     looks = []
     for model, record in zip(models, records, strict=True):
-        colour = RUNS[order.index(model)]
+        colour = tones[model]
         pale = record.checkpoint in ("last", "online") and models.count(model) > 1
         looks.append({"edgecolor": colour, "facecolor": lighter(colour, 0.72) if pale else colour})
     return looks

@@ -17,7 +17,7 @@ from instar.errors import UserError
 from instar.evaluate.intervals import wilson
 from instar.report.distributions import TOP, survival_counts, unevenness_by_epoch
 from instar.report.stored import LOGGED, StoredRun, UnavailableError, names, read_all
-from instar.report.style import GREY, RUNS, Sheet, above, epoch_axis, percent_axis, styled
+from instar.report.style import GREY, RUNS, Sheet, above, colours, epoch_axis, percent_axis, styled
 from instar.report.wording import percent, ranking, short_loss, source_line
 
 _MOST_MARKERS = 15
@@ -26,7 +26,9 @@ _DOTTED = (0, (1, 2))
 
 
 @styled
-def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | StoredRun) -> Figure:
+def learning_curves(
+    runs: Sequence[str | Path | StoredRun] | str | Path | StoredRun, *, tones: Sequence[str] | None = None
+) -> Figure:
     """Accuracy, loss and learning rate of one or several runs, epoch by epoch.
 
     Robust accuracy is shown on held-out images (margin PGD-10, with Wilson's 95 % interval) and on the training batches
@@ -35,6 +37,7 @@ def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
 
     Args:
         runs: Run folders; one is enough.
+        tones: Their colours, ``#RRGGBB``; None is `instar.report.style.colours` of their names.
 
     Returns:
         The figure. Its axes are labelled ``robust``, ``clean``, ``loss`` and ``rate``; every line carries
@@ -48,6 +51,7 @@ def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
         if not run.log:
             raise UnavailableError(f"{run.folder} has no finished epoch yet: there is nothing to draw")
     named = names(stored)
+    tones = colours(named) if tones is None else tones
     sheet = Sheet(
         5.3,
         title=_title(stored, named),
@@ -71,7 +75,7 @@ def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
     longest = max(int(run.log[-1]["epoch"]) for run in stored) + 1
     for number, (run, name) in enumerate(zip(stored, named, strict=True)):
         x, line = _columns(run)
-        colour = RUNS[number]
+        colour = tones[number]
         marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if len(x) <= _MOST_MARKERS else {}
         for label in ("robust", "clean"):
             _held_out(panels[label], label, run, name, colour, marker)
@@ -81,11 +85,12 @@ def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
         equal = sum(np.array_equal(_columns(other)[1]["lr"], line["lr"]) for other in stored[number + 1 :])
         single: dict[str, Any] = {"marker": "o", "markersize": 5} if len(x) == 1 else {}
         panels["rate"].plot(x, line["lr"], color=colour, linewidth=1.8 + 1.7 * equal, gid=f"rate: {name}", **single)
-        _mark_changes(panels["loss"], run, colour, longest)
+        earlier = sum(len(other.changes) for other in stored[:number])
+        _mark_changes(panels["loss"], run, colour, longest, whose=name if len(stored) > 1 else "", row=earlier)
     for label, axes in panels.items():
         axes.set_title(titles[label])
         epoch_axis(axes, longest, label=label in ("loss", "rate"))
-    rows = _legend(panels["robust"], stored, named)
+    rows = _legend(panels["robust"], named, tones)
     low, high = zip(*(_ends(run, "robust") for run in stored), strict=True)
     training = max(entry["train_robust"] for run in stored for entry in run.log)
     percent_axis(panels["robust"], highest=above(max(*(float(end.max()) for end in high), training, 0.05), rows))
@@ -104,11 +109,14 @@ def learning_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
 
 
 @styled
-def instance_curves(runs: Sequence[str | Path | StoredRun] | str | Path | StoredRun) -> Figure:
+def instance_curves(
+    runs: Sequence[str | Path | StoredRun] | str | Path | StoredRun, *, tones: Sequence[str] | None = None
+) -> Figure:
     """What runs do to their training images, side by side: how many are guarded, attackable, and who carries the loss.
 
     Args:
         runs: Run folders; each must attack its training images.
+        tones: Their colours, ``#RRGGBB``; None is `instar.report.style.colours` of their names.
 
     Returns:
         The figure, with axes ``guarded``, ``attackable`` and ``share``; every line carries the run's name as its gid.
@@ -118,6 +126,7 @@ def instance_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
     """
     stored = few(read_all(runs))
     named = names(stored)
+    tones = colours(named) if tones is None else tones
     counted = [survival_counts(run) for run in stored]
     uneven = [unevenness_by_epoch(run) for run in stored]
     sheet = Sheet(
@@ -143,7 +152,7 @@ def instance_curves(runs: Sequence[str | Path | StoredRun] | str | Path | Stored
         axes = sheet.figure.add_subplot(place, label=label)
         for number, (name, found, share) in enumerate(zip(named, counted, shares, strict=True)):
             marker = "o" if len(share) <= _MOST_MARKERS else None
-            axes.plot(found.epochs + 1, share, color=RUNS[number], marker=marker, markersize=3.5, label=name, gid=name)
+            axes.plot(found.epochs + 1, share, color=tones[number], marker=marker, markersize=3.5, label=name, gid=name)
         highest = max(float(np.nanmax(share, initial=0.05)) for share in shares)
         epoch_axis(axes, longest)
         percent_axis(axes, highest=above(highest, len(stored) if label == "guarded" else 0))
@@ -208,24 +217,35 @@ def _rule(stored: Sequence[StoredRun]) -> str:
     return " / ".join(rules)
 
 
-def _mark_changes(axes: Axes, run: StoredRun, colour: str, longest: int) -> None:
-    """A vertical line where another loss begins to be minimised, such as the end of GAIRAT's burn-in."""
+def _mark_changes(axes: Axes, run: StoredRun, colour: str, longest: int, *, whose: str, row: int) -> None:
+    """A vertical line where another loss begins to be minimised, such as the end of GAIRAT's burn-in.
+
+    Args:
+        axes: Where.
+        run: Whose.
+        colour: Its colour.
+        longest: Epochs that are shown.
+        whose: Name of the run where there are several, whose losses have no room beside one another; else empty.
+        row: How many texts stand there already.
+    """
     for epoch, loss in run.changes:
         if epoch >= longest:
             continue
         axes.axvline(epoch + 0.5, color=colour, linewidth=1, linestyle=_DOTTED, zorder=1, gid=f"change: {epoch}")
         early = epoch < 0.55 * longest
         told = textwrap.fill(f"from here on {short_loss(loss)}", 40, break_long_words=False)
+        told = f"{whose}: another loss from here on" if whose else told
         axes.annotate(
-            told, (epoch + 0.5, 0), xycoords=("data", "axes fraction"), xytext=(4 if early else -4, 3),
+            told, (epoch + 0.5, 0), xycoords=("data", "axes fraction"), xytext=(4 if early else -4, 3 + 9 * row),
             textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=7, color=colour,
         )  # fmt: skip
 
 
-def _legend(axes: Axes, stored: Sequence[StoredRun], named: Sequence[str]) -> int:
+def _legend(axes: Axes, named: Sequence[str], tones: Sequence[str]) -> int:
     """Draw the legend; returns how many rows it has."""
-    shade = RUNS[0] if len(stored) == 1 else GREY
-    handles = [Line2D([], [], color=RUNS[k], label=name) for k, name in enumerate(named)] if len(stored) > 1 else []
+    shade = tones[0] if len(named) == 1 else GREY
+    several = zip(named, tones, strict=True) if len(named) > 1 else ()
+    handles = [Line2D([], [], color=tone, label=name) for name, tone in several]
     handles += [
         Line2D([], [], color=shade, label="held out"),
         Line2D([], [], color=shade, label="training", linestyle=(0, (4, 2)), linewidth=1.2),

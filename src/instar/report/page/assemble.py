@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,15 +26,22 @@ from instar.report.page.examples import Examples, attacked
 from instar.report.page.galleries import SHOWN, classes_view, test_gallery, training_gallery
 from instar.report.page.instances import Table, evaluation_table, training_table
 from instar.report.page.numbers import Numbers
-from instar.report.page.summary import preferred, protocol_line, run_view
+from instar.report.page.summary import lead, preferred, protocol_line, run_view, shared_protocols
 from instar.report.page.views import AnalysisView, Page, Picture, picture, slug
 from instar.report.pictures import evaluation_groups
 from instar.report.ridges import unevenness
 from instar.report.stored import StoredRun, UnavailableError, names, read_all
-from instar.report.style import RUNS
+from instar.report.style import colours
 from instar.report.wording import significant
 
+if TYPE_CHECKING:
+    from instar.analyse import Found  # not at run time: analyses draw with this package
+
 Note = Callable[[str], None]
+_FEW = 2
+"""More runs than that are shown side by side, and not each by its own pictures as well."""
+_SMALL = 500
+"""Tables of a comparison with more rows stay with the results of `instar analyse`."""
 
 
 @dataclass(eq=False)
@@ -107,9 +114,14 @@ class _Member:
     @property
     def checkpoint(self) -> str:
         """The checkpoint that examples are made of: that of the number which is quoted, else the best one."""
+        wanted = self.speaks
         if self.record is not None and self.record.checkpoint in ("best", "last"):
-            return self.record.checkpoint
-        return self.speaks
+            wanted = self.record.checkpoint
+        kept = [name for name in ("best", "last") if (self.run.folder / "checkpoints" / f"{name}.safetensors").exists()]
+        best = self.run.best
+        same = best is not None and int(best["epoch"]) == int(self.run.log[-1]["epoch"])
+        # Where the best epoch is the last, either file holds the weights.
+        return kept[0] if same and kept and wanted not in kept else wanted
 
     @property
     def classes(self) -> list[str]:
@@ -175,13 +187,19 @@ def build(
         if run.folder.resolve() in [other.folder.resolve() for other in stored[:number]]:
             raise UserError(f"{run.folder} is named twice")
     named = _distinct(names(stored))
-    members = [_Member(run, name, RUNS[k], root) for k, (run, name) in enumerate(zip(stored, named, strict=True))]
+    called = colours(names(stored))  # as its figures colour them
+    members = [_Member(run, name, tone, root) for run, name, tone in zip(stored, named, called, strict=True)]
     making = _Making(_title(members))
     page = making.page
     _read_records(members, making)
     if not any(run.log or run.tables for run in stored) and not any(member.records for member in members):
         raise UserError(f"{stored[0].folder} has no finished epoch yet: there is nothing to show")
     page.runs = [run_view(m.run, m.name, m.colour, m.records, checkpoint=m.speaks) for m in members]
+    if len(members) > 1:
+        found = [(m.name, preferred(m.records, checkpoint=m.speaks)) for m in members]
+        spoken = [(name, record) for name, record in found if record is not None]
+        page.lead = lead(spoken)
+        page.protocol = shared_protocols(spoken)
     _training_pictures(members, making)
     _evaluations(members, making)
     _analyses(members, making)
@@ -240,17 +258,16 @@ def _raise(error: UserError) -> None:
 
 
 def _training_pictures(members: Sequence[_Member], making: _Making) -> None:
-    runs = [member.run for member in members]
     logged = [member for member in members if member.run.log]
     plan: list[tuple[str, str, Callable[[], Figure], Callable[[], Numbers]]] = []
     if logged:
-        draw = partial(learning_curves, [member.run for member in logged])
+        draw = partial(learning_curves, [member.run for member in logged], tones=[member.colour for member in logged])
         plan.append(("learning curves", "learning-curves", draw, partial(_log_numbers, logged)))
+    recorded = [member for member in members if member.run.tables] or list(members)
     if len(members) > 1:
-        plan.append(
-            ("instances by epoch", "instances", partial(instance_curves, runs), partial(_instance_numbers, members))
-        )
-    for member in members:
+        draw = partial(instance_curves, [m.run for m in recorded], tones=[m.colour for m in recorded])
+        plan.append(("instances by epoch", "instances", draw, partial(_instance_numbers, recorded)))
+    for member in members if len(members) <= _FEW else ():
         after = f"-{member.key}" if len(members) > 1 else ""
         plan.append(
             (
@@ -335,19 +352,83 @@ def _evaluations(members: Sequence[_Member], making: _Making) -> None:
 
 
 def _analyses(members: Sequence[_Member], making: _Making) -> None:
+    from instar.analyse import ANALYSES, read  # not above: analyses draw with this package
+
+    found: list[tuple[_Member, Found]] = []
     for member in members:
-        folder = member.run.folder / "analyses"
-        for path in sorted(folder.glob("*.json")):
-            view = making.attempt(f"analysis {path.stem}", partial(_analysis, path, member, several=len(members) > 1))
+        for path in sorted((member.run.folder / "analyses").glob("*.json")):
+            one = making.attempt(f"analysis {path.stem}", partial(read, path))
+            if one is not None:
+                found.append((member, one))
+    order = {name: number for number, name in enumerate(ANALYSES)}
+    for name in sorted(dict.fromkeys(one.name for _, one in found), key=lambda name: order.get(name, len(order))):
+        mine = [(member, one) for member, one in found if one.name == name]
+        together = _chosen(mine) if len(members) > 1 else []
+        view = making.attempt(f"{name} side by side", partial(_together, name, together)) if together else None
+        if view is not None:
+            making.page.analyses.append(view)
+            continue
+        for member, one in mine:
+            view = making.attempt(f"analysis {one.stem}", partial(_analysis, one, member, several=len(members) > 1))
             if view is not None:
                 making.page.analyses.append(view)
 
 
-def _analysis(path: Path, member: _Member, *, several: bool) -> AnalysisView:
-    from instar.analyse import read  # not above: analyses draw with this package
+def _chosen(mine: Sequence[tuple[_Member, Found]]) -> list[tuple[_Member, Found]]:
+    """Results that can stand side by side: of one checkpoint that as many runs as possible have, two at least."""
+    alone = [(member, one) for member, one in mine if not one.compares]
+    counts = {
+        checkpoint: len({member.key for member, one in alone if one.checkpoint == checkpoint})
+        for checkpoint in ("run", "best", "last")
+    }
+    checkpoint = max(counts, key=lambda name: counts[name])
+    return [(member, one) for member, one in alone if one.checkpoint == checkpoint] if counts[checkpoint] > 1 else []
 
-    found = read(path)
-    key = slug(f"analysis {path.stem} {member.key}" if several else f"analysis {path.stem}")
+
+def _together(name: str, mine: Sequence[tuple[_Member, Found]]) -> AnalysisView | None:
+    """One analysis of several runs side by side, with the finding and the numbers of each."""
+    from instar.analyse import ANALYSES
+
+    compare = ANALYSES[name].compare if name in ANALYSES else None
+    if compare is None:
+        return None
+    try:
+        made = compare([replace(one, protocol={**one.protocol, "colour": member.colour}) for member, one in mine])
+    except (UserError, KeyError, IndexError, TypeError, ValueError) as reason:  # each is shown by itself instead
+        raise UnavailableError(
+            str(reason) if isinstance(reason, UserError) else f"what is stored cannot be compared ({reason!r})"
+        ) from None
+    key = slug(f"analysis {name}")
+    view = _view(made, key)
+    usual = next(iter(ANALYSES[name].splits), None)
+    shown = [(member, one) for member, one in mine if one.protocol.get("split", usual) == usual]
+    fields = list(dict.fromkeys(field for _, one in shown for field in one.figures))
+    table = {"run": [member.name for member, _ in shown]}
+    table |= {field: [one.figures.get(field, float("nan")) for _, one in shown] for field in fields}  # type: ignore[misc]
+    told, several = view.summary, len({one.protocol.get("split", usual) for _, one in mine}) > 1
+    for member, one in sorted(shown, key=lambda pair: -len(pair[1].label)):  # the checkpoint is said once, above
+        told = told.replace(f"{one.label}, {usual}", member.name).replace(one.label, member.name)
+    checkpoint = mine[0][1].checkpoint
+    labels = [f"{one.label}, {one.protocol.get('split', usual)}" if several else one.label for _, one in mine]
+    return replace(
+        view,
+        label="side by side" + (f", {checkpoint} checkpoint" if checkpoint in ("best", "last") else ""),
+        summary=told,
+        heads=[(member.name, member.colour) for member, _ in shown],
+        rows=[(f.replace("_", " "), [_number(one.figures.get(f, float("nan"))) for _, one in shown]) for f in fields],
+        singles=[(m.name, m.colour, label, one.summary) for (m, one), label in zip(mine, labels, strict=True)],
+        figures=[],
+        protocol=[(f, t) for f, t in view.protocol if f not in ("members", "key", "seconds", "label", "checkpoint")],
+        tables=[Numbers(f"{key}-figures", table), *(table for table in view.tables if len(table) <= _SMALL)],
+    )
+
+
+def _analysis(found: Found, member: _Member, *, several: bool) -> AnalysisView:
+    stem = found.path.stem if found.path is not None else found.stem
+    return _view(found, slug(f"analysis {stem} {member.key}" if several else f"analysis {stem}"))
+
+
+def _view(found: Found, key: str) -> AnalysisView:
     tables = [Numbers(f"{key}-{slug(name)}", dict(table)) for name, table in found.tables.items()]
     note, pictures = "", []
     try:
@@ -361,7 +442,7 @@ def _analysis(path: Path, member: _Member, *, several: bool) -> AnalysisView:
         note = (
             f"No pictures: what is stored cannot be drawn ({type(error).__name__}: {error}); is it of another version?"
         )
-    label = str(found.protocol.get("label", path.stem))
+    label = str(found.protocol.get("label", found.checkpoint))
     told = [(str(name), _said(item)) for name, item in found.protocol.items() if item is not None]
     figures = [(name.replace("_", " "), _number(item)) for name, item in found.figures.items()]
     return AnalysisView(key, found.title, label, found.summary, figures, pictures, tables, told, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,9 +14,10 @@ from instar.evaluate.mechanism import CRITERIA, quintiles
 from instar.evaluate.record import Record
 from instar.report.bars import evaluation_bars
 from instar.report.page.numbers import Numbers
-from instar.report.page.summary import interval, preferred, protocol_line
+from instar.report.page.summary import interval, preferred, shared_protocols
 from instar.report.page.views import Cell, EvaluationView, Picture, picture
 from instar.report.pictures import mechanism_plan
+from instar.report.wording import grouped
 
 Members = Sequence[tuple[str, Record]]
 
@@ -45,7 +47,7 @@ def evaluation_view(key: str, members: Members, colours: Mapping[str, str]) -> E
     shown: Picture | None = None
     mechanism: Picture | None = None
     try:
-        figure = evaluation_bars(records, labels=[name for name, _ in members])
+        figure = evaluation_bars(records, labels=[name for name, _ in members], tones=colours)
         shown = picture(figure, key=key, numbers=[numbers])
     except UserError as reason:
         warnings.warn(f"no bars of {key}: {reason}", stacklevel=2)
@@ -53,17 +55,21 @@ def evaluation_view(key: str, members: Members, colours: Mapping[str, str]) -> E
         mechanism = picture(draw(), key=f"mechanism-{key}", numbers=[_fifths(f"mechanism-{key}", members)])
     return EvaluationView(
         key=key,
-        title=f"Suite {records[0].suite}, {first['norm']} {first['eps']}, {first['images']}",
+        title=f"Suite {records[0].suite}, {first['norm']} {first['eps']}, {grouped(first['images'])}",
         heads=[(name, record.checkpoint, colours[name]) for name, record in members],
         rows=rows,
         caption=_caption(members),
         findings=[
-            (f"{name}, {record.checkpoint}", [(finding.verdict, finding.text) for finding in record.findings])
+            (
+                f"{name}, {record.checkpoint}",
+                [(f.verdict, re.sub(r"(?<= )-(?=\d)", "\N{MINUS SIGN}", f.text)) for f in record.findings],
+            )
             for name, record in members
             if record.findings
         ],
         differences=differences,
         differences_note=note,
+        differences_grid=differences_by_run(differences),
         picture=shown,
         mechanism=mechanism,
         numbers=numbers,
@@ -85,11 +91,7 @@ def _fifths(key: str, members: Members) -> Numbers:
 
 def _caption(members: Members) -> list[str]:
     """The protocol of each record, said once where several share it."""
-    told: dict[str, list[str]] = {}
-    for name, record in members:
-        told.setdefault(protocol_line(record), []).append(name)
-    several = len(members) > 1
-    lines = [f"{', '.join(dict.fromkeys(whose))}: {line}." if several else f"{line}." for line, whose in told.items()]
+    lines = shared_protocols(members)
     rule = str(members[0][1].protocol.get("robust_if", "no inspected iterate of the attack is misclassified"))
     return [*lines, f"Robust if {rule}. Percent with 95 % Wilson intervals."]
 
@@ -132,6 +134,20 @@ def _differences(members: Members) -> tuple[Sequence[tuple[str, ...]], str]:
         + " ".join(made.notes)
     )
     return rows, note.strip()
+
+
+def differences_by_run(rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, Sequence[tuple[str, ...]]]]:
+    """Differences by run, the attacks beside one another: for each run its cells, in the order of the attacks.
+
+    Example:
+        >>> rows = [("A", "B", attack, "+1.0", "", "1", "") for attack in ("clean", "FGSM")]
+        >>> [(arm, len(cells)) for arm, cells in differences_by_run(rows)]
+        [('A', 2)]
+    """
+    arms = list(dict.fromkeys(row[0] for row in rows))
+    found = [(arm, [row for row in rows if row[0] == arm]) for arm in arms]
+    whole = len({tuple(row[1:3] for row in cells) for _, cells in found}) == 1
+    return found if whole else []
 
 
 def _compare(members: Members) -> Any:

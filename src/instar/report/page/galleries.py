@@ -15,7 +15,7 @@ from instar.evaluate.record import Record
 from instar.report.page.atlas import picture
 from instar.report.page.examples import Examples, magnified
 from instar.report.page.numbers import Numbers
-from instar.report.page.summary import protocol_line, strongest
+from instar.report.page.summary import shared_protocols, strongest
 from instar.report.page.views import (
     Cell,
     ClassDetail,
@@ -168,7 +168,7 @@ def classes_view(
         )
         for k in shown
     ]
-    protocol = [f"{name}: {protocol_line(record)}." for name, _, _, record, _ in known if record is not None]
+    protocol = shared_protocols([(name, record) for name, _, _, record, _ in known if record is not None])
     if len(order) > len(shown):
         protocol.append(f"The {len(shown)} classes that are hit hardest, of {len(order)}.")
     table = {"class": [classes[k] for k in order]}

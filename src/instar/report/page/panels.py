@@ -44,12 +44,14 @@ class Panel:
         width: Natural width in inches.
         height: Natural height in inches.
         alt: What it shows, for those who cannot see it.
+        row: Which row of the figure it stands in, from the top.
     """
 
     svg: str
     width: float
     height: float
     alt: str
+    row: int = 0
 
 
 def panels(figure: Figure, *, prefix: str) -> list[Panel]:
@@ -71,14 +73,33 @@ def panels(figure: Figure, *, prefix: str) -> list[Panel]:
     with _without_frame(figure):
         groups, boxes = _groups(figure)
         made = []
+        rows = _row_of(boxes)
         for number, (members, box) in enumerate(zip(groups, boxes, strict=True)):
             with _only(figure, members):
                 drawn = _svg(figure, box)
             told = [text for axes in members if (text := described(axes))]
             alt = " ".join(dict.fromkeys([*told, title])) or "figure"
             svg = inlined(drawn, prefix=f"{prefix}-{number}-", alt=alt, maps=not any(map(_holds_photographs, members)))
-            made.append(Panel(svg, float(box.width), float(box.height), alt))
+            made.append(Panel(svg, float(box.width), float(box.height), alt, rows[number]))
     return made
+
+
+def _row_of(boxes: Sequence[Bbox]) -> list[int]:
+    """The row of each panel: panels whose middles lie beside one another share one.
+
+    Example:
+        >>> _row_of([Bbox([[0, 2], [1, 4]]), Bbox([[0, 0], [1, 1]]), Bbox([[2, 2.5], [3, 4]])])
+        [0, 1, 0]
+    """
+    tops: list[Bbox] = []
+    found = [0] * len(boxes)
+    for number in sorted(range(len(boxes)), key=lambda k: -float(boxes[k].y1)):
+        middle = float(boxes[number].y0 + boxes[number].y1) / 2
+        row = next((k for k, other in enumerate(tops) if other.y0 <= middle <= other.y1), len(tops))
+        if row == len(tops):
+            tops.append(boxes[number])
+        found[number] = row
+    return found
 
 
 def standalone(figure: Figure) -> bytes:

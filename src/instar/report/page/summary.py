@@ -13,7 +13,7 @@ from instar.evaluate.record import Record, Score
 from instar.methods import RECIPES
 from instar.report.page.views import Card, RunView, Verdict, slug
 from instar.report.stored import StoredRun
-from instar.report.wording import percent
+from instar.report.wording import grouped, percent
 
 _WIDE = 0.1
 """A 95 % interval wider than this is worth a warning: it cannot tell most methods apart."""
@@ -71,9 +71,53 @@ def protocol_line(record: Record) -> str:
     protocol = record.protocol
     rule = (protocol.get("checkpoint") or {}).get("rule", record.checkpoint)
     return (
-        f"{protocol['norm']} {protocol['eps']}, {protocol['images']}, {record.checkpoint} checkpoint ({rule}), "
-        f"seed {protocol['seed']}, {protocol['precision']}, BatchNorm {protocol['bn_mode']}"
+        f"{protocol['norm']} {protocol['eps']}, {grouped(protocol['images'])}, {record.checkpoint} checkpoint "
+        f"({rule}), seed {protocol['seed']}, {protocol['precision']}, BatchNorm {protocol['bn_mode']}"
     )
+
+
+def shared_protocols(members: Sequence[tuple[str, Record]]) -> list[str]:
+    """The protocol of each record by the names it holds for, said once where several share it."""
+    told: dict[str, list[str]] = {}
+    for name, record in members:
+        told.setdefault(protocol_line(record), []).append(name)
+    several = len(members) > 1
+    return [f"{', '.join(dict.fromkeys(whose))}: {line}." if several else f"{line}." for line, whose in told.items()]
+
+
+def lead(members: Sequence[tuple[str, Record]]) -> str:
+    """What the main numbers of several runs come to: the highest, what is clearly below it, and what misleads.
+
+    Args:
+        members: Names, and the record that speaks for each run.
+
+    Returns:
+        Some sentences; empty where the numbers cannot stand beside one another.
+    """
+    alike = {(strongest(r), r.protocol["norm"], r.protocol["eps"], r.protocol["images_sha256"]) for _, r in members}
+    if len(members) < 2 or len(alike) > 1:
+        return ""
+    column = strongest(members[0][1])
+    attack = members[0][1].scores[column].title if column == "autoattack" else "all attacks of the suite"
+    ranked = sorted(members, key=lambda member: -member[1].scores[column].accuracy)
+    (best, record), (worst, last) = ranked[0], ranked[-1]
+    score = record.scores[column]
+    floor = score.interval[0]
+    below = [name for name, other in ranked[1:] if other.scores[column].interval[1] < floor]
+    level = [name for name, other in ranked[1:] if other.scores[column].interval[1] >= floor]
+    told = f"{best} keeps most under {attack}, {percent(score.accuracy)} of {score.count:,} test images"
+    told += f", {worst} fewest, {percent(last.scores[column].accuracy)}."
+    if level:
+        told += f" By their intervals, {_and(level)} cannot be told from {best}"
+        told += f"; {_and(below)} {'lies' if len(below) == 1 else 'lie'} clearly below." if below else "."
+    wrong = [name for name, other in ranked if other.verdict.word in ("suspect", "overestimated")]
+    if wrong:
+        told += f" Weaker attacks overstate {_and(wrong)}: read the reasons below."
+    return told
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def interval(score: Score) -> str:

@@ -171,6 +171,8 @@ class EvaluationView:
         findings: For each record: whose, and verdict and text of each check.
         differences: Rows of the paired comparison: arm, reference, column, difference, interval, p.
         differences_note: What these are.
+        differences_grid: The same by run, with all attacks of a run beside one another; empty where runs differ in
+            what they were compared by.
         picture: The bars, or None.
         mechanism: Margins and difficulties where they were measured, or None.
         numbers: All of it as a table.
@@ -187,6 +189,7 @@ class EvaluationView:
     picture: Picture | None
     mechanism: Picture | None
     numbers: Numbers
+    differences_grid: Sequence[tuple[str, Sequence[tuple[str, ...]]]] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,9 @@ class AnalysisView:
         tables: Its tables.
         protocol: What the numbers depend on.
         note: Why pictures are missing; empty if none are.
+        heads: Name and colour of each run where several stand side by side.
+        rows: Then the name of each single number, and the number of each run.
+        singles: Then name, colour, label and finding of each result that went into it.
     """
 
     key: str
@@ -214,6 +220,9 @@ class AnalysisView:
     tables: Sequence[Numbers]
     protocol: Sequence[tuple[str, str]]
     note: str = ""
+    heads: Sequence[tuple[str, str]] = ()
+    rows: Sequence[tuple[str, Sequence[str]]] = ()
+    singles: Sequence[tuple[str, str, str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -339,6 +348,8 @@ class Page:
     Attributes:
         title: Title of the page.
         runs: The runs.
+        lead: What to conclude from all runs together; empty for one.
+        protocol: What the main numbers of several runs depend on.
         training: Pictures of training.
         evaluations: Evaluations.
         analyses: Stored analyses.
@@ -351,6 +362,8 @@ class Page:
 
     title: str
     runs: list[RunView] = field(default_factory=list)
+    lead: str = ""
+    protocol: list[str] = field(default_factory=list)
     training: list[Picture] = field(default_factory=list)
     evaluations: list[EvaluationView] = field(default_factory=list)
     analyses: list[AnalysisView] = field(default_factory=list)
@@ -359,6 +372,13 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     made: str = ""
+
+    @property
+    def overview(self) -> list[str]:
+        """What the main numbers of the runs are: the titles of the run that has most of them."""
+        most = max((run.cards for run in self.runs), key=len, default=())
+        # The third is a difference of attacks, which a run may also have the other way round.
+        return [card.title if place < 2 else "PGD overstates by" for place, card in enumerate(most)]
 
     @property
     def pictures(self) -> list[Picture]:

@@ -47,7 +47,7 @@
   const NS = "http://www.w3.org/2000/svg";
   const drawing = (figure) => {
     const pieces = [...figure.querySelectorAll(".panel svg")];
-    const origin = figure.querySelector(".panels").getBoundingClientRect();
+    const origin = figure.querySelector(".panels").getBoundingClientRect(); // of the first row
     const places = pieces.map((piece) => piece.getBoundingClientRect());
     const width = Math.max(...places.map((place) => place.right)) - origin.left;
     const height = Math.max(...places.map((place) => place.bottom)) - origin.top;
@@ -195,12 +195,14 @@
         .map((column) => [column.levels, new Set(column.words.flatMap((word, k) => (word.toLowerCase().includes(wanted) ? [k] : [])))]);
       return (row) => found.some(([levels, codes]) => codes.has(levels[row]));
     });
-    for (const column of columns) {
-      if (column.kind !== "word") continue;
+    // A page of many runs has many filters: those of its runs are folded away.
+    const words = columns.filter((column) => column.kind === "word"), folded = words.length > 6;
+    const more = make("div");
+    for (const column of words) {
       const choice = make("select", {}, make("option", { value: "", textContent: "all" }));
       column.words.forEach((word, k) => choice.append(make("option", { value: String(k), textContent: word })));
       choice.addEventListener("change", filter);
-      form.append(make("label", {}, column.group ? `${column.group}: ${column.title}` : column.title, choice));
+      (folded && column.group ? more : form).append(make("label", {}, column.group ? `${column.group}: ${column.title}` : column.title, choice));
       filters.push(() => { const code = Number(choice.value); return choice.value === "" ? null : (row) => column.levels[row] === code; });
     }
     const csv = make("button", { type: "button", className: "tool", textContent: "CSV of these rows" });
@@ -211,6 +213,7 @@
       save(new Blob([lines.join("\r\n") + "\r\n"], { type: "text/csv" }), `${content.key}.csv`);
     });
     form.append(csv);
+    if (folded) form.append(make("details", {}, make("summary", { textContent: `Filters by run (${more.childElementCount})` }), more));
     form.addEventListener("submit", (event) => event.preventDefault());
     viewport.addEventListener("scroll", () => requestAnimationFrame(() => draw(false)), { passive: true });
     document.addEventListener("DOMContentLoaded", () => draw(true));
