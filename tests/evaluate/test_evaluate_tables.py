@@ -97,8 +97,8 @@ def test_best_and_last_stand_side_by_side_in_markdown() -> None:
         "- best: the best one, epoch 4.\n"
         "- last: the last one, epoch 4.\n"
         "- Percent with 95 % Wilson intervals; 2 min 2 s of computing.\n"
-        f"- Verdict on best: untested: this suite makes none of the {len(CHECKS)} checks.\n"
-        f"- Verdict on last: untested: this suite makes none of the {len(CHECKS)} checks.\n"
+        f"- Verdict on best: untested: this suite makes none of the {len(CHECKS)} checks (more: --suite sanity).\n"
+        f"- Verdict on last: untested: this suite makes none of the {len(CHECKS)} checks (more: --suite sanity).\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -231,7 +232,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     printed, complaint = child.communicate(timeout=120)
     assert child.returncode == 128 + signal.SIGINT
-    assert "saved at epoch" in printed
+    assert re.search("saved at (the end of )?epoch", printed), "within an epoch of a few milliseconds, or at its end"
     assert "--resume" in printed
     assert complaint == ""
     assert (out / "checkpoints" / "state.safetensors").exists()

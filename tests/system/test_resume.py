@@ -133,7 +133,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty: go on with: instar train --resume"):
+    with pytest.raises(UserError, match="is not empty and holds no run: choose another --out"):
         train("pgd_at", out=tmp_path, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
