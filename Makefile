@@ -105,7 +105,8 @@ wheel-check: $(stamp)
 lock:
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade pip
-	build/lock/bin/python -m pip install --quiet --dry-run --ignore-installed --report build/lock/report.json pip '.[dev]'
+	build/lock/bin/python -m pip install --quiet --dry-run --ignore-installed --report build/lock/report.json \
+	  --constraint .ci/lock-limits.txt pip '.[dev]'
 	build/lock/bin/python .ci/write_constraints.py build/lock/report.json constraints.txt
 
 clean:

@@ -5,11 +5,13 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -77,6 +79,16 @@ def test_every_package_that_the_source_imports_is_declared() -> None:
 @pytest.mark.parametrize("requirement", REQUIRED + DEVELOPMENT, ids=lambda requirement: requirement.name)
 def test_the_locked_version_lies_in_the_declared_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins("constraints.txt")[canonicalize_name(requirement.name)])
+
+
+def test_every_locked_version_accepts_every_supported_python() -> None:
+    locked, first = pins("constraints.txt"), PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    refusing = []
+    for installed in distributions():
+        name, wanted = canonicalize_name(installed.metadata["Name"]), installed.metadata["Requires-Python"]
+        if locked.get(name) == Version(installed.version) and wanted:
+            refusing += [] if SpecifierSet(wanted).contains(f"{first}.0") else [f"{name} wants Python {wanted}"]
+    assert refusing == []
 
 
 @pytest.mark.parametrize("requirement", REQUIRED, ids=lambda requirement: requirement.name)
