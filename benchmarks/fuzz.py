@@ -26,7 +26,7 @@ import torch
 
 import instar
 from tests.safety import targets
-from tests.safety.fuzzing import Target, fuzz
+from tests.safety.fuzzing import fuzz
 
 
 def work(name: str, inputs: int, seed: int, memory: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def work(name: str, inputs: int, seed: int, memory: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            target = next(found for found in everything(Path(folder)) if found.name == name)
+            target = next(found for found in targets.everything(Path(folder)) if found.name == name)
         with contextlib.suppress(OSError):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, resource.RLIM_INFINITY))
@@ -65,11 +65,6 @@ def work(name: str, inputs: int, seed: int, memory: int) -> dict[str, Any]:
     }
 
 
-def everything(folder: Path) -> list[Target]:
-    """All targets."""
-    return [*targets.expressions(), *targets.configurations(folder), *targets.files(folder)]
-
-
 def main() -> int:
     """Fuzz all readers."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,7 +77,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=2.0, help="GiB that a process may add")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        names = [target.name for target in everything(Path(folder))]
+        names = [target.name for target in targets.everything(Path(folder))]
     counts = {"expression": given.expressions, "configuration": given.configurations}
     share = -(-given.files // (len(names) - len(counts)))
     rows = []

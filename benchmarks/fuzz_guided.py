@@ -40,8 +40,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found = [*targets.expressions(), *targets.configurations(Path(tempfile.mkdtemp()))]
-    found += targets.files(Path(tempfile.mkdtemp()))
+    found = targets.everything(Path(tempfile.mkdtemp()))
     chosen = [target for target in found if target.name == given.reader]
     if not chosen:
         parser.error(f"unknown reader {given.reader}: one of {', '.join(target.name for target in found)}")

@@ -234,7 +234,9 @@ class Shards:
         shard(model, group=group, device=device)
         if average is not None:
             shard(average, group=group, device=device)
-        optimizer = _over(state.optimizer, before, dict(model.named_parameters()))
+        after = dict(model.named_parameters())
+        optimizer = _over(state.optimizer, before, after)
+        optimizer.state.update(_remembered(state.optimizer, before, after))
         self.state = dataclasses.replace(state, model=model, average=average, optimizer=optimizer)
 
     def restore(self, load: Callable[[State], None]) -> None:
@@ -252,9 +254,8 @@ class Shards:
         if plain.average is not None and current.average is not None:
             _spread(plain.average, current.average)
         shards = dict(current.model.named_parameters())
-        found = _over(plain.optimizer, dict(plain.model.named_parameters()), shards).state
         current.optimizer.state.clear()
-        current.optimizer.state.update(found)
+        current.optimizer.state.update(_remembered(plain.optimizer, dict(plain.model.named_parameters()), shards))
         current.epoch, current.step, current.updates = plain.epoch, plain.step, plain.updates
         current.best, current.seconds = plain.best, plain.seconds
 
@@ -266,7 +267,7 @@ class Shards:
         model, average = (None if form is None else _form(form).to_empty(device="cpu") for form in self._forms)
         assert model is not None
         shards, parameters = dict(self.state.model.named_parameters()), dict(model.named_parameters())
-        optimizer = _over(self.state.optimizer, shards, parameters, remembered=False)
+        optimizer = _over(self.state.optimizer, shards, parameters)
         return dataclasses.replace(self.state, model=model, average=average, optimizer=optimizer)
 
     def gather(self) -> State | None:
@@ -294,20 +295,24 @@ def _form(module: nn.Module) -> nn.Module:
 
 
 def _over(
-    optimizer: torch.optim.Optimizer,
-    before: Mapping[str, nn.Parameter],
-    after: Mapping[str, nn.Parameter],
-    *,
-    remembered: bool = True,
+    optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The same optimiser over other parameters of the same names, with this process's rows of what it remembers."""
+    """The same optimiser over other parameters of the same names, which remembers nothing."""
     names = {id(parameter): name for name, parameter in before.items()}
     groups = [{**group, "params": [after[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups]
     made: torch.optim.Optimizer = type(optimizer)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
-    for parameter, entries in optimizer.state.items() if remembered else ():
-        owner = after[names[id(parameter)]]
-        made.state[owner] = {key: _share(entry, owner) for key, entry in entries.items()}
     return made
+
+
+def _remembered(
+    optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
+) -> dict[Tensor, dict[str, Any]]:
+    """What an optimiser remembers of parameters, as this process's rows, for the shards of the same names."""
+    return {
+        after[name]: {key: _share(entry, after[name]) for key, entry in optimizer.state[parameter].items()}
+        for name, parameter in before.items()
+        if parameter in optimizer.state
+    }
 
 
 def _share(entry: Any, owner: Tensor) -> Any:

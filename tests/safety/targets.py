@@ -336,3 +336,8 @@ def _data(folder: Path) -> list[Target]:
         ),
         _file("extra images", place / "extra.npz", (packed.getvalue(), stored.getvalue()), extra),
     ]
+
+
+def everything(folder: Path) -> list[Target]:
+    """All targets; what they read lies in a folder."""
+    return [*expressions(), *configurations(folder), *files(folder)]

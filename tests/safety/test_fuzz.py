@@ -14,7 +14,7 @@ INPUTS = 300
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     folder = tmp_path_factory.mktemp("fuzz")
-    found = [*targets.expressions(), *targets.configurations(folder), *targets.files(folder)]
+    found = targets.everything(folder)
     return {target.name: target for target in found}
 
 
