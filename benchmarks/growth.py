@@ -286,7 +286,7 @@ def _short(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device_of(given: argparse.Namespace) -> str:
-    return str(instar.config.choose_device(given.device))
+    return str(instar.devices.choose_device(given.device))
 
 
 def _load() -> tuple[float, float, float]:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from instar.data import AUGMENTATIONS, DatasetInfo, Images, extra_count
-from instar.devices import why_unusable
 from instar.errors import UserError, first_line, unknown
 from instar.expression import assign, express, parse
 from instar.method import Method
@@ -331,22 +330,6 @@ def learning_rate(settings: Settings, *, update: int, updates: int) -> float:
     if update < rise:
         return top * (update + 1) / rise
     return top * 0.5 * (1 + math.cos(math.pi * (update - rise) / max(updates - rise, 1)))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a name stands for; ``auto`` prefers a GPU.
-
-    Raises:
-        UserError: PyTorch knows no such device, or cannot use it here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {why_unusable(error)}") from None
-    return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -31,7 +31,6 @@ from instar.config import (
     build_method,
     build_network,
     choose_acceleration,
-    choose_device,
     choose_precision,
     find_recipe,
     learning_rate,
@@ -56,6 +55,7 @@ from instar.data import (
 )
 from instar.data.indexed import as_float
 from instar.description import describe, fingerprint_of, prepare_folder, setting
+from instar.devices import choose_device
 from instar.errors import UserError
 from instar.evidence import Batch
 from instar.expression import assign, parse

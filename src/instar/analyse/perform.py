@@ -16,8 +16,8 @@ from torch import nn
 from instar.analyse.analysis import ANALYSES, FOLDER, Analysis, Found
 from instar.analyse.target import SPLITS, Target, Tick, open_files, open_targets
 from instar.config import fits
+from instar.devices import choose_device
 from instar.errors import UserError, unknown
-from instar.evaluate.evaluation import device_named
 from instar.evaluate.subject import one_line
 from instar.evaluate.targets import Normalization
 from instar.report.stored import UnavailableError
@@ -140,7 +140,7 @@ def analyse(
     }
     session = _Session(wanted, split, seed, opening, settings or {}, tick, heard or (lambda one: None))
     folders = _folders(given, out)
-    device_named(device)
+    choose_device(device)
     for name, count in (("n", n), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise UserError(f"{name} must be at least 1; got {count}")

@@ -23,10 +23,10 @@ from instar.analyse.analysis import FOLDER, Found, stored
 from instar.arrays import Arrays
 from instar.data import TestSplit, TrainSplit, hold_out, load
 from instar.data.splits import Split
-from instar.devices import device_name
+from instar.devices import device_name, numbered_device
 from instar.errors import UserError, unknown
 from instar.evaluate.conditions import BATCH_SIZE, SHARD_SIZE
-from instar.evaluate.evaluation import check_classes, check_images, check_labels, device_named, some_of
+from instar.evaluate.evaluation import check_classes, check_images, check_labels, some_of
 from instar.evaluate.shards import Store, fetch
 from instar.evaluate.subject import Subject, examined
 from instar.evaluate.targets import Case, Normalization, Wishes, described, resolve
@@ -340,7 +340,7 @@ def open_targets(
     """
     if which not in SPLITS:
         raise unknown("split", which, SPLITS)
-    place = device_named(device)
+    place = numbered_device(device)
     run, where = _run_of(source)
     wishes = Wishes(
         data=data,

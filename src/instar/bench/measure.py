@@ -16,8 +16,8 @@ from instar.bench.clocks import CLOCKS, in_turns, wait
 from instar.bench.rates import matmul_rate, operations
 from instar.bench.result import Benchmark, Row
 from instar.bench.subject import Case, Subject, cases_of, images_of, prepare
-from instar.config import choose_device
 from instar.data import TrainSplit, augmentation, batches
+from instar.devices import choose_device
 from instar.doctor.machine import machine
 from instar.errors import UserError, unknown
 from instar.method import Method

@@ -20,11 +20,11 @@ from instar.config import (
     build_method,
     build_network,
     choose_acceleration,
-    choose_device,
     choose_precision,
     find_recipe,
 )
 from instar.data import DatasetInfo, Images, ResidentImages, TrainSplit, augmentation, batches, info, load
+from instar.devices import choose_device
 from instar.errors import UserError, unknown
 from instar.evidence import Batch
 from instar.expression import parse

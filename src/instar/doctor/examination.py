@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instar.config import choose_device
+from instar.devices import numbered_device
 from instar.doctor.checks import model_checks
 from instar.doctor.estimate import cost, measure, standing
 from instar.doctor.machine import machine, machine_checks
@@ -84,7 +84,7 @@ def examine(
         >>> report["eps"].level, report["output"].level
         ('error', 'ok')
     """
-    place = torch.empty(0, device=choose_device(device)).device
+    place = numbered_device(device)
     unit: list[Check] = []
     wishes = Wishes(data, root, size, model, model_arguments, checkpoint, norm, eps, normalize, None, trust)
     try:
@@ -136,7 +136,7 @@ def examine_machine(device: str = "auto", folder: str | Path = ".") -> Report:
         >>> [check.name for check in examine_machine("cpu").checks][:2]
         ['versions', 'device']
     """
-    place = torch.empty(0, device=choose_device(device)).device
+    place = numbered_device(device)
     known = machine(place, Path(folder).resolve())
     return Report("this machine", tuple(machine_checks(known, place)), machine=known)
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from instar.attacks import PGD
-from instar.config import Settings, build_method, choose_device, find_recipe
+from instar.config import Settings, build_method, find_recipe
 from instar.data import Images, ResidentImages, TrainSplit, batches, load, steps_per_epoch
 from instar.data.splits import hold_out
+from instar.devices import choose_device
 from instar.doctor.machine import peak_memory
 from instar.doctor.report import Training
 from instar.errors import UserError

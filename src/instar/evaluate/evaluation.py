@@ -17,7 +17,7 @@ from torch import nn
 import instar
 from instar.data.catalogue import CATALOGUE
 from instar.data.splits import Split
-from instar.devices import why_unusable
+from instar.devices import numbered_device
 from instar.errors import UserError
 from instar.evaluate.adaptive import with_twin
 from instar.evaluate.black_box import check_gradients, usual_suite
@@ -137,7 +137,7 @@ def evaluate(
         precision=precision,
     )
     team = Team() if team is None else team
-    place = device_named(device, team)
+    place = numbered_device(device, share=None if team.alone else team.local)
     wishes = Wishes(
         data=data,
         root=root,
@@ -197,27 +197,6 @@ def _check_published(suite: Suite, case: Case) -> None:
                 f"there is no {attack.folder}; unpack the published archive there, or run the suite corruptions, which "
                 "computes them"
             )
-
-
-def device_named(name: str | torch.device, team: Team | None = None) -> torch.device:
-    """A device by its name.
-
-    Args:
-        name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for a GPU if there is one.
-        team: Processes that share the GPUs of a machine; each gets its own.
-
-    Raises:
-        UserError: There is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(name) == "cuda" and team is not None and not team.alone and torch.cuda.device_count():
-        name = f"cuda:{team.local % torch.cuda.device_count()}"
-    try:
-        # An empty tensor gives a device its number: "cuda" and "cuda:0" must compare equal.
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {str(name)!r} cannot be used here: {why_unusable(error)}") from None
 
 
 def some_of(split: Split, n: int) -> Split:

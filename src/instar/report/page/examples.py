@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import instar.runs
 from instar.attacks import PGD
-from instar.config import choose_device
 from instar.data import Images
 from instar.data.indexed import as_float
+from instar.devices import choose_device
 from instar.errors import UserError
 from instar.evaluate.subject import examined
 from instar.evaluate.suites import pgd
