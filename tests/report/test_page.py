@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html.parser
 import io
 import json
@@ -24,11 +25,14 @@ from instar import UserError
 from instar.cli import main
 from instar.cli.report import run as report
 from instar.evaluate.record import Record
+from instar.evaluate.sanity import Finding
+from instar.evaluate.symptoms import NOTHING_LEFT
 from instar.report import read
 from instar.report.page import render, write_page
 from instar.report.page.assemble import build
 from instar.report.page.evaluations import differences_by_run
 from instar.report.page.numbers import has_parquet
+from instar.report.page.summary import _verdict
 
 COUNTS = {"clean": 160, "pgd_20": 90, "autoattack": 60, "worst_case": 60}
 COLUMNS = {"pgd_20": "PGD-20", "autoattack": "AutoAttack"}
@@ -110,7 +114,9 @@ def test_names_that_would_do_harm_are_shown_as_they_are_and_do_none(page: str) -
     for name in HOSTILE:
         assert any(name in words for words in document.words), name
     assert document.all("img")
-    assert all(image["src"].startswith("data:image/png;base64,") for image in document.all("img"))
+    assert all(
+        image["src"].startswith(("data:image/webp;base64,", "data:image/png;base64,")) for image in document.all("img")
+    )
     assert not any(attribute.startswith("on") for _, attributes in document.elements for attribute in attributes)
     kinds = [script.get("type", "") for script in document.all("script")]
     assert kinds == ["application/json", "application/json", "", "text/plain", "text/plain"]
@@ -196,6 +202,10 @@ def test_runs_are_quoted_at_the_same_checkpoint(
     assert view.differences, view.differences_note
     assert [head[:2] for head in view.heads] == [("GAIRAT", "last"), ("TRADES", "best"), ("TRADES", "last")]
     assert {row[2]: row[3] for row in view.differences}["AutoAttack"] == "−5.0"
+    assert [view.beside for view in made.runs] == [
+        "",
+        "Its best checkpoint keeps 35.0\N{NO-BREAK SPACE}% of them (28.7–41.8).",
+    ]
     assert made.lead.startswith(
         "GAIRAT keeps most under AutoAttack, 30.0\N{NO-BREAK SPACE}% of 200 test images, TRADES fewest, 25.0"
     )
@@ -205,6 +215,45 @@ def test_runs_are_quoted_at_the_same_checkpoint(
     assert document.all("table")[0]["class"] == "scores overview"
     told = "".join(document.words)
     assert all(card.value in told and card.interval.removeprefix("95 %: ") in told for card in made.runs[1].cards[:2])
+
+
+def test_a_network_at_chance_is_not_called_sound(tmp_path: Path, record: Callable[..., Record]) -> None:
+    made = record(counts=COUNTS, gap=(0.0, 0.01))
+    nothing = Finding(NOTHING_LEFT, "normal", 0.1, None, 0.1, 0.1, "no better than chance", "by hand")
+    fine = dataclasses.replace(made.findings[0], verdict="normal")
+    view = _verdict(dataclasses.replace(made, findings=(fine,)))
+    assert (view.word, view.tone) == ("sound", "good")
+    assert view.scope.endswith("checks made, and none speaks against the number")
+    view = _verdict(dataclasses.replace(made, findings=(fine, nothing)))
+    assert (view.word, view.tone) == ("no better than chance", "")
+    assert _verdict(dataclasses.replace(made, findings=())).tone == ""
+
+
+def test_one_run_is_told_once(trained: Path, tmp_path: Path) -> None:
+    from instar.analyse import analyse
+
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before, _ = build([folder], examples=12)
+    assert [shown.key for shown in before.training] == ["learning-curves", "survival", "unevenness"]
+    assert before.classes[0].confusions
+    analyse(folder, only=["reweighting"])
+    analyse(folder, only=["pairs"], n=24)
+    for split in ("test", "train"):
+        analyse(folder, only=["vulnerability"], split=split, n=24)
+    made, failed = build([folder], examples=12)
+    assert failed == []
+    assert [shown.key for shown in made.training] == ["learning-curves", "unevenness"]
+    (classes,) = made.classes
+    assert classes.confusions == []
+    pairs = next(view for view in made.analyses if view.key == classes.elsewhere)
+    assert "pairs" in pairs.key
+    vulnerability = [view for view in made.analyses if "vulnerability" in view.key]
+    assert [view.label.rsplit(", ")[-1] for view in vulnerability[:2]] == ["train images", "test images"]
+    assert [view.folded for view in vulnerability[:2]] == [False, True]
+    text = render(made)
+    assert f'<a href="#{pairs.key}">hard class pairs</a>' in text
+    assert text.count('<details class="pictures printed">') == sum(view.folded for view in made.analyses)
 
 
 def test_differences_of_a_run_share_a_row_only_where_all_runs_were_compared_by_the_same_attacks() -> None:

@@ -69,14 +69,14 @@ def small(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def column(page: Any, number: int, *, rows: int = 8) -> list[str]:
-    """The first cells of a column of the first instance table, from the top."""
-    lines = page.locator("[data-table=training-0] tbody tr:not(.gap)")
+def column(page: Any, number: int, *, rows: int = 8, table: str = "training-0") -> list[str]:
+    """The first cells of a column of an instance table, from the top."""
+    lines = page.locator(f"[data-table={table}] tbody tr:not(.gap)")
     return [lines.nth(k).locator("td").nth(number).inner_text() for k in range(min(rows, lines.count()))]
 
 
-def heads(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator("[data-table=training-0] thead th").all_inner_texts()]
+def heads(page: Any, table: str = "training-0") -> list[str]:
+    return [text.split("\n")[-1].strip() for text in page.locator(f"[data-table={table}] thead th").all_inner_texts()]
 
 
 def test_every_figure_is_there_and_has_a_size_and_no_name_was_run_as_a_script(small: Path, show: Open) -> None:
@@ -108,6 +108,62 @@ def test_a_click_on_a_heading_sorts_and_another_turns_round(small: Path, show: O
     assert falling == sorted(falling, reverse=True)
     assert falling[0] > rising[0]
     assert page.locator("[data-table=training-0] thead th").nth(place).get_attribute("aria-sort") == "descending"
+
+
+def test_negative_numbers_have_a_minus_and_are_sorted_by_size(small: Path, show: Open, tmp_path: Path) -> None:
+    page = show(small, accept_downloads=True)
+    place = heads(page, "evaluated-0-0").index("margin")
+    table = page.locator("[data-table=evaluated-0-0]")
+    table.locator("thead th").nth(place).locator("button").click()
+    shown = column(page, place, table="evaluated-0-0")
+    assert shown[0].startswith("−")
+    assert not any("-" in text for text in shown)
+    margins = [float(text.replace("−", "-")) for text in shown]
+    assert margins == sorted(margins)
+    assert table.locator("tbody td.number").first.evaluate("cell => getComputedStyle(cell).textAlign") == "right"
+    with page.expect_download() as waiting:  # what is read by programs has their minus
+        table.get_by_role("button", name="CSV of these rows").click()
+    waiting.value.save_as(tmp_path / "rows.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text(encoding="utf-8"))))
+    named = next(name for name in rows[0] if name.endswith("margin"))
+    assert [float(row[named]) for row in rows[: len(margins)]] == margins
+
+
+def test_everything_is_reached_by_the_tab_key_and_shows_that_it_is(small: Path, show: Open) -> None:
+    page = show(small)
+    wanted = page.evaluate(
+        """() => {
+            const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
+            const open = all.filter((element) => element.checkVisibility());
+            open.forEach((element, number) => { element.dataset.stop = String(number); });
+            return open.length;
+        }"""
+    )
+    assert wanted > 60
+    met, bare = set(), []
+    for _ in range(wanted + 10):
+        page.keyboard.press("Tab")
+        stop, outline, name = page.evaluate(
+            """() => {
+                const here = document.activeElement;
+                return [here.dataset.stop ?? "", getComputedStyle(here).outlineStyle, here.outerHTML.slice(0, 80)];
+            }"""
+        )
+        met.add(stop)
+        if stop and outline == "none":
+            bare.append(name)
+    assert bare == []
+    assert met >= {str(number) for number in range(wanted)}
+
+
+def test_what_is_folded_away_is_opened_by_the_keyboard(small: Path, show: Open) -> None:
+    page = show(small)
+    fold = page.locator("details.class").first
+    fold.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert fold.get_attribute("open") is not None
+    page.keyboard.press("Space")
+    assert fold.get_attribute("open") is None
 
 
 def test_the_table_is_sorted_and_filtered_by_keyboard_alone(small: Path, show: Open) -> None:
@@ -233,6 +289,32 @@ def test_it_prints_in_the_light_colours_with_every_figure(small: Path, show: Ope
     printed = page.pdf(path=tmp_path / "page.pdf", format="A4")
     assert printed.startswith(b"%PDF")
     assert len(printed) > 50_000
+
+
+def test_paper_shows_what_nobody_can_open_or_scroll_to(small: Path, show: Open, tmp_path: Path) -> None:
+    page = show(small)
+    page.evaluate(
+        """() => addEventListener("beforeprint", () => {
+            const table = document.querySelector("[data-table=training-0]");
+            window.printed = {
+                closed: document.querySelectorAll("details.printed:not([open])").length,
+                rows: table.querySelectorAll("tbody tr").length,
+                gaps: table.querySelectorAll("tbody tr.gap").length,
+            };
+        })"""
+    )
+    page.locator("details.class summary").nth(1).click()
+    page.pdf(path=tmp_path / "page.pdf", format="A4")
+    assert page.evaluate("window.printed") == {"closed": 0, "rows": 12, "gaps": 0}
+    assert page.locator("details.class[open]").count() == 1  # as the reader left it
+    assert page.locator("[data-table=training-0] tbody tr.gap").count() == 2
+    page.emulate_media(media="print")
+    for selector in (".grid th", ".scores tbody th", "header.top", "nav"):
+        places = page.locator(selector).evaluate_all("all => all.map((one) => getComputedStyle(one).position)")
+        assert not {"sticky", "fixed"} & {
+            place for place, shown in zip(places, page.locator(selector).all(), strict=True) if shown.is_visible()
+        }
+    assert page.locator(".viewport").first.evaluate("one => getComputedStyle(one).overflowY") == "visible"
 
 
 def test_a_link_to_a_class_opens_it(small: Path, show: Open) -> None:

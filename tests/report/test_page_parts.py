@@ -23,6 +23,7 @@ from instar import UserError
 from instar.data.catalogue import CATALOGUE
 from instar.data.indexed import ResidentImages
 from instar.report.page.atlas import ACROSS, atlas, thumbnails
+from instar.report.page.atlas import picture as address
 from instar.report.page.colours import contrast, dark_rules, darkened, themed, used
 from instar.report.page.columns import counted, measured, named
 from instar.report.page.numbers import Numbers
@@ -189,6 +190,20 @@ def test_thumbnails_keep_to_their_budget_even_of_noise() -> None:
     small = atlas(images, np.arange(400), budget=large.size // 3)
     assert small.size <= large.size // 3
     assert small.tile <= large.tile
+
+
+def test_many_thumbnails_are_coarser_than_few() -> None:
+    images = pictures(12_001, (1, 16, 16))
+    few, many = (atlas(images, np.arange(n), budget=10**9) for n in (500, 12_001))
+    assert many.size / 12_001 < 0.7 * few.size / 500
+
+
+def test_galleries_keep_every_pixel() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    kind, data = address(pixels).removeprefix("data:image/").split(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.format == kind.upper()
+        assert (np.asarray(image.convert("RGB")) == pixels).all()
 
 
 def test_no_images_make_an_empty_atlas() -> None:

@@ -22,7 +22,7 @@ from instar.evaluate.intervals import mcnemar
 from instar.evaluate.record import Record
 from instar.report.distributions import TOP
 from instar.report.stored import StoredRun, UnavailableError
-from instar.report.wording import percent
+from instar.report.wording import minus, percent
 
 NAME, TITLE = "agreement", "Agreement on what is hard"
 
@@ -174,11 +174,12 @@ def _told(tables: dict[str, Table], figures: dict[str, float]) -> str:
     rows = tables["correlations"]
     known = np.flatnonzero(np.isfinite(rows["spearman"]))
     most, least = (known[pick(rows["spearman"][known])] for pick in (np.argmax, np.argmin))
+    high, low = (minus(f"{rows['spearman'][place]:.2f}") for place in (most, least))
     return (
         f"{int(figures['measures'])} measures of difficulty agree with a mean rank correlation of "
         f"{figures['mean_spearman']:.2f}: most {rows['a'][most]} with {rows['b'][most]} "
-        f"({rows['spearman'][most]:.2f}), "
-        f"least {rows['a'][least]} with {rows['b'][least]} ({rows['spearman'][least]:.2f})."
+        f"({high}), "
+        f"least {rows['a'][least]} with {rows['b'][least]} ({low})."
     )
 
 

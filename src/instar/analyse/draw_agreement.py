@@ -13,7 +13,7 @@ from instar.analyse.sources import sources
 from instar.evaluate.intervals import holm
 from instar.report.distributions import TOP
 from instar.report.style import EASY, GREY, HARD, INK, PALE, Sheet, lighter, percent_axis, styled
-from instar.report.wording import percent
+from instar.report.wording import minus, percent
 
 _BOTH = LinearSegmentedColormap.from_list("correlation", [HARD, "#FFFFFF", EASY])
 _WON = LinearSegmentedColormap.from_list("won", ["#FFFFFF", to_hex(lighter(EASY, 0.55)), EASY])
@@ -63,11 +63,12 @@ def _measures(found: Found) -> Figure:
         matrix[i, j] = matrix[j, i] = value
     known = np.isfinite(rows["spearman"])
     least = np.flatnonzero(known)[np.argmin(rows["spearman"][known])] if known.any() else 0
+    lowest = minus(f"{rows['spearman'][least]:.2f}")
     sheet = Sheet(
         0.4 * len(names) + 0.6,
         title=f"{found.label}: measures of difficulty agree with a mean rank correlation of "
         f"{found.figures['mean_spearman']:.2f}; {rows['a'][least]} and {rows['b'][least]} least "
-        f"({rows['spearman'][least]:.2f})",
+        f"({lowest})",
         subtitle="Spearman's rank correlation between measures of how hard a training image is, each turned so that "
         "higher "
         "is harder.",
@@ -88,7 +89,13 @@ def _measures(found: Found) -> Figure:
     for (i, j), value in np.ndenumerate(shown):
         if np.isfinite(value):
             axes.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if abs(value) > 0.7 else INK
+                j,
+                i,
+                minus(f"{value:.2f}"),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if abs(value) > 0.7 else INK,
             )
     axes.set_xticks(range(len(names) - 1), names[:-1], rotation=30, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_yticks(range(len(names) - 1), names[1:], fontsize=8.5)

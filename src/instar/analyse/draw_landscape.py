@@ -13,6 +13,7 @@ from instar.analyse.analysis import Found, Table
 from instar.analyse.compared import all_of, extremes, shown_as
 from instar.analyse.sources import sources
 from instar.report.style import EASY, GREY, HARD, INK, Sheet, styled
+from instar.report.wording import minus
 
 _HEIGHT = LinearSegmentedColormap.from_list("height", ["#F4F6F8", "#CFE0EC", "#8FBEDC", "#E9B98C", HARD, "#7A2E00"])
 _LEVELS = 18
@@ -112,10 +113,11 @@ def _contours(
     axes.contourf(*side, surface, **style)
     shown = levels[1 :: max(1, len(levels) // 6)] if lines is None else lines
     drawn = axes.contour(*side, surface, levels=shown, colors="white", linewidths=0.7)
+    written_as = "%g" if lines is not None else "%.2f" if levels[-1] - levels[0] < 5 else "%.1f"
     written = axes.clabel(
         drawn,
         shown[: len(shown) * 2 // 3 + 1] if lines is None else shown,
-        fmt="%g" if lines is not None else "%.2f" if levels[-1] - levels[0] < 5 else "%.1f",
+        fmt=lambda level: minus(written_as % level),
         fontsize=7,
         colors=INK if lines is None else ["white" if place > 0.75 else INK for place in np.linspace(0, 1, len(shown))],
     )

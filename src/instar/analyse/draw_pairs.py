@@ -14,7 +14,7 @@ from instar.analyse.analysis import Found, Table
 from instar.analyse.compared import all_of, extremes, shown_as
 from instar.analyse.sources import sources
 from instar.report.style import EASY, HARD, INK, PALE, RUNS, Sheet, lighter, percent_axis, styled
-from instar.report.wording import percent
+from instar.report.wording import minus, percent
 
 _HEAT = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F7DCC4", HARD])
 _MOST_NAMED = 20
@@ -184,7 +184,7 @@ def _similarity(found: Found) -> Figure:
         axes.set_xlabel("cosine similarity")
         axes.set_title(title, fontsize=9.5)
         axes.text(
-            0.03, 0.96, f"ρ = {figures[f'spearman_{name}']:.2f}\nτ = {figures[f'kendall_{name}']:.2f}", va="top",
+            0.03, 0.96, minus(f"ρ = {figures[f'spearman_{name}']:.2f}\nτ = {figures[f'kendall_{name}']:.2f}"), va="top",
             transform=axes.transAxes, fontsize=9, linespacing=1.4,
         )  # fmt: skip
     sheet.figure.axes[0].set_ylabel("taken for it under attack")

@@ -45,6 +45,26 @@ def significant(value: float) -> str:
     return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
+def minus(text: str) -> str:
+    """A written number with a minus that is one, and no minus before a rounded zero.
+
+    Example:
+        >>> minus(f"{-0.125:.2f}"), minus(f"{-0.001:.2f}"), minus("2.6e-05"), minus("+0.5")
+        ('−0.12', '0.00', '2.6e−05', '+0.5')
+    """
+    return (text if re.search(r"[1-9]", text) else text.removeprefix("-")).replace("-", "\N{MINUS SIGN}")
+
+
+def minuses(text: str) -> str:
+    """Prose with a minus before its negative numbers.
+
+    Example:
+        >>> minuses("PGD-20 minus FGSM is -3.5 points (-4 to -3)")
+        'PGD-20 minus FGSM is −3.5 points (−4 to −3)'
+    """
+    return re.sub(r"(?<=[ (])-(?=\d)", "\N{MINUS SIGN}", text)
+
+
 def grouped(text: str) -> str:
     """Text in which whole numbers of five digits or more are written in groups of three.
 

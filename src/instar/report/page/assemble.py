@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -32,7 +33,7 @@ from instar.report.pictures import evaluation_groups
 from instar.report.ridges import unevenness
 from instar.report.stored import StoredRun, UnavailableError, names, read_all
 from instar.report.style import colours
-from instar.report.wording import significant
+from instar.report.wording import minus, minuses, significant
 
 if TYPE_CHECKING:
     from instar.analyse import Found  # not at run time: analyses draw with this package
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 _FEW = 2
 """More runs than that are shown side by side, and not each by its own pictures as well."""
+_NAMED = 20
+"""The matrix of an analysis names so many classes."""
 _SMALL = 500
 """Tables of a comparison with more rows stay with the results of `instar analyse`."""
 
@@ -208,11 +211,23 @@ def build(
             _galleries(member, making, count=examples, note=note)
     for number, group in enumerate(_by_data(members)):
         _of_data(group, making, number=number)
+    if len(members) == 1:
+        _say_once(page)
     page.made = (
         f"Made by Instar {instar.__version__} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC from "
         + ", ".join(str(member.run.folder) for member in members)
     )
     return page, making.failed
+
+
+def _say_once(page: Page) -> None:
+    """Leave out what an analysis of the only run shows again, and on more images."""
+    shown = {made.key: view.key for view in page.analyses for made in view.pictures}
+    if any(key.startswith("analysis-run-reweighting-kappa") for key in shown):
+        page.training = [made for made in page.training if made.key != "survival"]
+    pairs = next((view for key, view in shown.items() if re.fullmatch(r"analysis-\w+-pairs-confusion", key)), "")
+    if pairs and all(len(each.classes) <= _NAMED for view in page.classes for each in view.confusions):
+        page.classes = [replace(view, confusions=[], elsewhere=pairs) for view in page.classes]
 
 
 def _distinct(found: list[str]) -> list[str]:
@@ -362,16 +377,39 @@ def _analyses(members: Sequence[_Member], making: _Making) -> None:
                 found.append((member, one))
     order = {name: number for number, name in enumerate(ANALYSES)}
     for name in sorted(dict.fromkeys(one.name for _, one in found), key=lambda name: order.get(name, len(order))):
-        mine = [(member, one) for member, one in found if one.name == name]
+        mine = sorted(((m, one) for m, one in found if one.name == name), key=lambda pair: _rank(pair[1], members))
         together = _chosen(mine) if len(members) > 1 else []
         view = making.attempt(f"{name} side by side", partial(_together, name, together)) if together else None
         if view is not None:
             making.page.analyses.append(view)
             continue
-        for member, one in mine:
+        for place, (member, one) in enumerate(mine):
             view = making.attempt(f"analysis {one.stem}", partial(_analysis, one, member, several=len(members) > 1))
             if view is not None:
-                making.page.analyses.append(view)
+                label = _label(one, [other for _, other in mine])
+                making.page.analyses.append(replace(view, label=label, folded=len(members) == 1 and place > 0))
+
+
+def _rank(found: Found, members: Sequence[_Member]) -> tuple[bool, bool, bool]:
+    """The result that says most about a run comes first: of the quoted checkpoint, on the usual images, of it alone."""
+    wanted = members[0].checkpoint if len(members) == 1 else found.checkpoint
+    return found.compares, found.checkpoint not in ("run", wanted), found.protocol.get("split") != _usual(found.name)
+
+
+def _usual(name: str) -> str | None:
+    """The split that an analysis is made on if no other is asked for."""
+    from instar.analyse import ANALYSES
+
+    return next(iter(ANALYSES[name].splits), None) if name in ANALYSES else None
+
+
+def _label(found: Found, mine: Sequence[Found]) -> str:
+    """Whose result it is, and on which images where there are results on others, too."""
+    label = str(found.protocol.get("label", found.checkpoint))
+    splits = {other.protocol.get("split") for other in mine if not other.compares}
+    if found.compares or len(splits) == 1 or not found.protocol.get("split"):
+        return label
+    return f"{label}, {found.protocol['split']} images"
 
 
 def _chosen(mine: Sequence[tuple[_Member, Found]]) -> list[tuple[_Member, Found]]:
@@ -400,7 +438,7 @@ def _together(name: str, mine: Sequence[tuple[_Member, Found]]) -> AnalysisView 
         ) from None
     key = slug(f"analysis {name}")
     view = _view(made, key)
-    usual = next(iter(ANALYSES[name].splits), None)
+    usual = _usual(name)
     shown = [(member, one) for member, one in mine if one.protocol.get("split", usual) == usual]
     fields = list(dict.fromkeys(field for _, one in shown for field in one.figures))
     table = {"run": [member.name for member, _ in shown]}
@@ -445,7 +483,7 @@ def _view(found: Found, key: str) -> AnalysisView:
     label = str(found.protocol.get("label", found.checkpoint))
     told = [(str(name), _said(item)) for name, item in found.protocol.items() if item is not None]
     figures = [(name.replace("_", " "), _number(item)) for name, item in found.figures.items()]
-    return AnalysisView(key, found.title, label, found.summary, figures, pictures, tables, told, note)
+    return AnalysisView(key, found.title, label, minuses(found.summary), figures, pictures, tables, told, note)
 
 
 def _said(item: Any) -> str:
@@ -456,14 +494,14 @@ def _number(item: float) -> str:
     """A number of any size for a table.
 
     Example:
-        >>> _number(49000.0), _number(0.3951), _number(123.456), _number(float("nan"))
-        ('49,000', '0.40', '123.5', '–')
+        >>> _number(49000.0), _number(0.3951), _number(123.456), _number(-0.125), _number(float("nan"))
+        ('49,000', '0.40', '123.5', '−0.12', '–')
     """
     if not np.isfinite(item):
         return "–"
     if item == round(item):
-        return f"{item:,.0f}"
-    return f"{item:,.1f}" if abs(item) >= 10 else significant(item)
+        return minus(f"{item:,.0f}")
+    return minus(f"{item:,.1f}" if abs(item) >= 10 else significant(item))
 
 
 def _galleries(member: _Member, making: _Making, *, count: int, note: Note) -> None:

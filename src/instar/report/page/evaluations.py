@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from instar.report.page.numbers import Numbers
 from instar.report.page.summary import interval, preferred, shared_protocols
 from instar.report.page.views import Cell, EvaluationView, Picture, picture
 from instar.report.pictures import mechanism_plan
-from instar.report.wording import grouped
+from instar.report.wording import grouped, minuses
 
 Members = Sequence[tuple[str, Record]]
 
@@ -62,7 +61,7 @@ def evaluation_view(key: str, members: Members, colours: Mapping[str, str]) -> E
         findings=[
             (
                 f"{name}, {record.checkpoint}",
-                [(f.verdict, re.sub(r"(?<= )-(?=\d)", "\N{MINUS SIGN}", f.text)) for f in record.findings],
+                [(f.verdict, minuses(f.text)) for f in record.findings],
             )
             for name, record in members
             if record.findings

@@ -27,7 +27,7 @@ from instar.report.page.views import (
     slug,
 )
 from instar.report.stored import StoredRun
-from instar.report.wording import significant
+from instar.report.wording import minus, significant
 
 SHOWN = 8
 """Images at each end of a gallery."""
@@ -65,7 +65,9 @@ def test_gallery(name: str, examples: Examples, classes: Sequence[str]) -> Galle
     count = min(SHOWN, len(order) // 2)
 
     def tiles(rows: np.ndarray) -> list[Tile]:
-        return [tile(examples, int(row), classes, f"loss {examples.vulnerability[row]:+.2f}") for row in rows]
+        return [
+            tile(examples, int(row), classes, f"loss {minus(f'{examples.vulnerability[row]:+.2f}')}") for row in rows
+        ]
 
     return GalleryView(
         title=f"{name}: test images",
@@ -260,7 +262,9 @@ def _detail(
         mine = examples.label == k
         lines.append(("Taken for, under PGD", _mistakes(examples.adv[0][mine], k, classes)))
         rows = [row for row in examples.order if mine[row] and examples.clean[0][row] == k][:_OF_CLASS]
-        tiles = [tile(examples, int(row), classes, f"loss {examples.vulnerability[row]:+.2f}") for row in rows]
+        tiles = [
+            tile(examples, int(row), classes, f"loss {minus(f'{examples.vulnerability[row]:+.2f}')}") for row in rows
+        ]
     if training is not None and training["n"][k]:
         lines.append(
             (

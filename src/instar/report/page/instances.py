@@ -160,9 +160,10 @@ def evaluation_table(
         counted("#", shown, hint="position in the official test set"),
         named("class", first["label"].astype(np.int64), classes),
     ]
+    alone = len({name for name, _ in records}) == 1
     for name, record in records:
         rows = record.instances
-        group = f"{name} ({record.checkpoint})" if len(records) > 1 else ""
+        group = "" if len(records) == 1 else record.checkpoint if alone else f"{name} ({record.checkpoint})"
         broken = [str(word) for word in rows["broken_by"]]
         told = {"": "nothing", "clean": "wrong already"}
         told |= {

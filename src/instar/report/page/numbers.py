@@ -65,7 +65,7 @@ class Numbers:
     @property
     def link(self) -> str:
         """The CSV as an address within a page; empty for tables of many rows, which would fill it."""
-        return "data:text/csv;charset=utf-8," + quote(self.csv) if len(self) <= MOST_ROWS else ""
+        return "data:text/csv;charset=utf-8," + quote(self.csv, safe="/,;:()+=@*") if len(self) <= MOST_ROWS else ""
 
     def write(self, folder: Path, *, parquet: bool) -> list[Path]:
         """Write ``<name>.csv``, and ``<name>.parquet`` if asked.

@@ -28,6 +28,7 @@ from instar.report.wording import percent, significant
 _MOST_PANELS = 6
 _MOST_DESCRIBED = 6
 _PAD = 0.06
+_DECIMALS = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 _GREYS = ("gray", "grey", "gray_r", "grey_r", "binary", "binary_r", "Greys", "Greys_r")
 # Typed loosely, because the type of rules differs between versions of matplotlib.
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "instar"}
@@ -238,8 +239,8 @@ def inlined(drawn: bytes, *, prefix: str, alt: str, maps: bool = True) -> str:
             text = re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{renamed[found[1]]})", text)
             if name == "href" and text.startswith("#"):
                 text = f"#{renamed[text[1:]]}"
-            if name == "d":
-                text = " ".join(text.split())
+            if name in ("d", "x", "y", "transform", "x1", "x2", "y1", "y2", "width", "height"):
+                text = _shortened(" ".join(text.split()))
             if name in _COLOURED:
                 text = themed(_own_font(text))
             element.set(name, text)
@@ -255,6 +256,18 @@ def inlined(drawn: bytes, *, prefix: str, alt: str, maps: bool = True) -> str:
     root.set("stroke-linecap", "butt")
     root.set("fill", themed("#000000"))  # which matplotlib leaves out, being the default
     return ET.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _shortened(text: str) -> str:
+    """Coordinates to two decimals: a hundredth of a point is less than any screen or printer shows.
+
+    Example:
+        >>> _shortened("M 36.123456 200.5 L 1.999999 -0.001 z"), _shortened("matrix(0.01234 0 0 1 2 3)")
+        ('M 36.12 200.5 L 2 0 z', 'matrix(0.01234 0 0 1 2 3)')
+    """
+    if "scale" in text or "matrix" in text:
+        return text
+    return _DECIMALS.sub(lambda found: f"{round(float(found[0]), 2) + 0.0:g}", text)
 
 
 def _holds_photographs(axes: Axes) -> bool:

@@ -13,7 +13,7 @@ from instar.evaluate.record import Record, Score
 from instar.methods import RECIPES
 from instar.report.page.views import Card, RunView, Verdict, slug
 from instar.report.stored import StoredRun
-from instar.report.wording import grouped, percent
+from instar.report.wording import grouped, minuses, percent
 
 _WIDE = 0.1
 """A 95 % interval wider than this is worth a warning: it cannot tell most methods apart."""
@@ -50,6 +50,7 @@ def run_view(run: StoredRun, name: str, colour: str, records: Sequence[Record], 
     idea, equation, label = _explained(str(run.config.get("recipe", "")))
     about = [run.data, run.model, f"trained against {run.threat}" if run.threat else "trained without attack"]
     about += [f"{len(run.log)} of {run.epochs} epochs", f"seed {run.seed}"]
+    cards = _held_out(run) if record is None else _cards(record)
     return RunView(
         name=name,
         key=slug(name),
@@ -57,13 +58,33 @@ def run_view(run: StoredRun, name: str, colour: str, records: Sequence[Record], 
         headline=_headline(run, name, record),
         about=" · ".join(about),
         verdict=_verdict(record),
-        cards=_held_out(run) if record is None else _cards(record),
+        cards=cards,
         warnings=[*([label] if label else []), *_warnings(run, records, record)],
         idea=idea,
         equation=equation,
         expression=str(run.config.get("method", "")),
         settings=_settings(run.config),
+        beside="" if record is None else _beside(record, records),
+        protocol=protocol_line(record) if record is not None else cards[0].protocol if cards else "",
     )
+
+
+def _beside(record: Record, records: Sequence[Record]) -> str:
+    """What the other checkpoint keeps of the same images under the same attack."""
+    column = strongest(record)
+    same = [
+        other
+        for other in records
+        if other.checkpoint != record.checkpoint
+        and other.suite == record.suite
+        and column in other.scores
+        and all(other.protocol[field] == record.protocol[field] for field in ("norm", "eps", "images_sha256"))
+    ]
+    if not same:
+        return ""
+    score, word = same[0].scores[column], same[0].verdict.word
+    doubt = f", a number that is {word}" if word in ("suspect", "overestimated") else ""
+    return f"Its {same[0].checkpoint} checkpoint keeps {percent(score.accuracy)} of them ({interval(score)}){doubt}."
 
 
 def protocol_line(record: Record) -> str:
@@ -81,7 +102,7 @@ def shared_protocols(members: Sequence[tuple[str, Record]]) -> list[str]:
     told: dict[str, list[str]] = {}
     for name, record in members:
         told.setdefault(protocol_line(record), []).append(name)
-    several = len(members) > 1
+    several = len({name for name, _ in members}) > 1
     return [f"{', '.join(dict.fromkeys(whose))}: {line}." if several else f"{line}." for line, whose in told.items()]
 
 
@@ -148,8 +169,19 @@ def _verdict(record: Record | None) -> Verdict:
     if record is None:
         return Verdict("not evaluated", "instar evaluate measures robustness on test images and checks the number")
     found = record.verdict
-    scope = f"{found.made} of {found.made + len(found.missing)} checks made"
-    return Verdict(found.word, scope, found.reasons, found.missing)
+    everything = found.made + len(found.missing)
+    sound = found.word == "sound"
+    if sound and found.made:
+        scope = f"{found.made} of {everything} checks made, and none speaks against the number"
+    else:
+        scope = f"{found.made} of {everything} checks made"
+    return Verdict(
+        found.note if sound and found.note else found.word,
+        scope,
+        tuple(map(minuses, found.reasons)),
+        found.missing,
+        tone="" if found.note or found.word == "untested" else "good" if sound else "hard",
+    )
 
 
 def _cards(record: Record) -> list[Card]:
@@ -165,9 +197,8 @@ def _cards(record: Record) -> list[Card]:
         low, high = score.interval
         budget = (attacks.get(name) or {}).get("expression", "")
         told = f"{budget}; {protocol}" if budget else protocol
-        made.append(
-            Card(heading, percent(score.accuracy), f"95 %: {interval(score)}", score.accuracy, low, high, told, tone)
-        )
+        value, span = percent(score.accuracy), f"95 %: {interval(score)}"
+        made.append(Card(heading, value, span, score.accuracy, low, high, told, tone, budget))
     gaps = ("pgd_minus_autoattack", "pgd_minus_margin")
     gap = next((f for check in gaps for f in record.findings if f.check == check), None)
     if gap is not None:
@@ -178,7 +209,7 @@ def _cards(record: Record) -> list[Card]:
         tone = "" if gap.verdict == "normal" else "hard"
         heading = f"PGD overstates {whose} by" if gap.value > 0 else f"PGD minus {whose}"
         points = f"{signed(gap.value).removeprefix('+')} points"
-        made.append(Card(heading, points, span, None, 0.0, 0.0, told, tone))
+        made.append(Card(heading, points, span, None, 0.0, 0.0, told, tone, "paired on the same images"))
     return made
 
 

@@ -79,6 +79,7 @@ class Card:
         high: Upper end.
         protocol: What the number depends on; never empty.
         tone: ``"good"``, ``"hard"`` or ``""``.
+        own: The part of the protocol that holds for this number and not for those beside it.
     """
 
     title: str
@@ -89,6 +90,7 @@ class Card:
     high: float
     protocol: str
     tone: str = ""
+    own: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,19 @@ class Verdict:
     """What an evaluation's checks come to.
 
     Attributes:
-        word: ``"sound"``, ``"suspect"``, ``"overestimated"`` or ``"not evaluated"``.
-        scope: How much was looked at.
+        word: ``"sound"``, ``"suspect"``, ``"overestimated"``, ``"untested"`` or ``"not evaluated"``; what to say in
+            place of ``"sound"`` where nothing is left to be sound.
+        scope: How much was looked at, and what that means.
         reasons: What speaks against the number.
         missing: What was not looked at.
+        tone: ``"good"``, ``"hard"`` or ``""``.
     """
 
     word: str
     scope: str
     reasons: Sequence[str] = ()
     missing: Sequence[str] = ()
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ class RunView:
         key: Its name in addresses.
         colour: ``#RRGGBB``.
         headline: The result in one sentence.
+        beside: What the other checkpoint keeps, in one sentence; empty if unknown.
+        protocol: What all main numbers depend on.
         about: Data, network, threat model, epochs.
         verdict: What is to be thought of the number.
         cards: Main numbers.
@@ -139,6 +146,8 @@ class RunView:
     equation: str
     expression: str
     settings: Sequence[tuple[str, str]]
+    beside: str = ""
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,6 +218,7 @@ class AnalysisView:
         heads: Name and colour of each run where several stand side by side.
         rows: Then the name of each single number, and the number of each run.
         singles: Then name, colour, label and finding of each result that went into it.
+        folded: Whether its pictures are folded away, because another result of the same analysis stands above.
     """
 
     key: str
@@ -223,6 +233,7 @@ class AnalysisView:
     heads: Sequence[tuple[str, str]] = ()
     rows: Sequence[tuple[str, Sequence[str]]] = ()
     singles: Sequence[tuple[str, str, str, str]] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,6 +342,7 @@ class ClassesView:
         protocol: What the accuracies depend on.
         confusions: One for each run.
         numbers: The accuracies as a table.
+        elsewhere: Key of the analysis that shows the same as the confusions on more images; empty for none.
     """
 
     title: str
@@ -339,6 +351,7 @@ class ClassesView:
     protocol: Sequence[str]
     confusions: Sequence[Confusion]
     numbers: Numbers
+    elsewhere: str = ""
 
 
 @dataclass

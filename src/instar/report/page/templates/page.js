@@ -38,6 +38,14 @@
   addEventListener("hashchange", openTarget);
   openTarget();
 
+  // On paper nothing opens: what is worth it is open while it is printed.
+  let unfolded = [];
+  addEventListener("beforeprint", () => {
+    unfolded = [...document.querySelectorAll("details.printed:not([open])")];
+    for (const part of unfolded) part.open = true;
+  });
+  addEventListener("afterprint", () => { for (const part of unfolded) part.open = false; unfolded = []; });
+
   // Figures as files: the panels as they stand, in the light colours, on white.
   const save = (blob, name) => {
     const link = make("a", { href: URL.createObjectURL(blob), download: name });
@@ -87,7 +95,7 @@
   });
 
   // Instance tables.
-  const ROW = 45, SPARE = 8;
+  const ROW = 45, SPARE = 8, PRINTED = 12;
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const opened = (column) => {
     const raw = bytes(column.data), type = { 8: Uint8Array, 16: Uint16Array, 32: Uint32Array }[column.bits];
@@ -97,8 +105,10 @@
     const level = column.levels[row];
     if (level === column.none) return "–";
     if (column.kind === "word") return column.words[level] ?? String(level);
-    return (column.offset + column.scale * level).toFixed(column.digits);
+    const text = (column.offset + column.scale * level).toFixed(column.digits);
+    return /[1-9]/.test(text) ? text : text.replace("-", ""); // no minus before a rounded zero
   };
+  const shown = (column, row) => { const text = written(column, row); return column.kind === "number" ? text.replace("-", "−") : text; };
   const sprites = ({ across, kind }, key) => {
     const urls = [], per = across ** 2;
     return (row) => {
@@ -123,7 +133,9 @@
     let sorted = { column: 0, down: false };
     let first = -1;
 
+    let printing = false;
     const draw = (force) => {
+      if (printing) return;
       const from = Math.max(0, Math.floor(viewport.scrollTop / ROW) - SPARE);
       if (!force && from === first) return;
       first = from;
@@ -135,18 +147,24 @@
         line.setAttribute("aria-hidden", "true");
         return line;
       };
-      const lines = [gap(from)];
-      for (let k = from; k < until; k++) {
-        const row = order[k];
-        const line = make("tr");
-        line.setAttribute("aria-rowindex", String(k + 2));
-        if (thumbnail) line.append(make("td", { className: "thumb" }, thumbnail(row)));
-        for (const column of columns) line.append(make("td", { textContent: written(column, row) }));
-        lines.push(line);
-      }
-      lines.push(gap(order.length - until));
-      body.replaceChildren(...lines);
+      body.replaceChildren(gap(from), ...lines(from, until), gap(order.length - until));
     };
+    const lines = (from, until) => Array.from({ length: until - from }, (_, k) => {
+      const row = order[from + k];
+      const line = make("tr");
+      line.setAttribute("aria-rowindex", String(from + k + 2));
+      if (thumbnail) line.append(make("td", { className: "thumb" }, thumbnail(row)));
+      for (const column of columns) line.append(make("td", { className: column.kind, textContent: shown(column, row) }));
+      return line;
+    });
+    // On paper nothing scrolls: the first rows as they are sorted and filtered, and how many more there are.
+    addEventListener("beforeprint", () => {
+      const count = Math.min(PRINTED, order.length);
+      printing = true;
+      body.replaceChildren(...lines(0, count));
+      status.dataset.printed = count < order.length ? `; the first ${count} are printed` : "";
+    });
+    addEventListener("afterprint", () => { printing = false; draw(true); });
     const sort = () => {
       const { levels, none, kind, words } = columns[sorted.column], sign = sorted.down ? -1 : 1;
       // Words by the alphabet; what is missing comes last both ways; ties keep the order of positions.
@@ -178,7 +196,7 @@
       if (column.group) toggle.append(make("small", { textContent: column.group }));
       toggle.append(column.title);
       toggle.addEventListener("click", () => { sorted = { column: k, down: sorted.column === k ? !sorted.down : false }; sort(); });
-      const cell = make("th", { scope: "col" }, toggle);
+      const cell = make("th", { scope: "col", className: column.kind }, toggle);
       cell.dataset.column = String(k);
       heads.append(cell);
     });
