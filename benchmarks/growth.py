@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import instar
 from instar.bench.child import resident
@@ -31,7 +33,7 @@ from instar.data import ResidentImages, TrainSplit, augmentation, batches
 from instar.data.indexed import generic_info
 from instar.instances import InstanceTable
 from instar.methods import RECIPES
-from instar.report.style import RUNS, Sheet, styled, write_png
+from instar.report.style import GREY, RUNS, Sheet, styled, write_png
 from instar.storage import write_atomically
 
 GROWING: dict[str, tuple[int, ...]] = {
@@ -47,9 +49,10 @@ LABELS = {
     "batch": ("batch size", "ms an image", "MiB an image"),
     "width": ("width", "ms an image", "MiB an image"),
     "steps": ("attack steps", "ms an image", "MiB an image"),
-    "rows": ("rows", "ms a batch", "bytes a row"),
-    "long": ("step", "ms a step", "MiB"),
+    "rows": ("rows of the data set", "ms a batch", "bytes a row"),
+    "long": ("training steps", "ms a step", "MiB"),
 }
+"""What each panel is about, and what its two figures are in."""
 TINY = {"batch": (4, 8), "width": (2, 4), "steps": (1, 2), "rows": (1000, 2000), "long": (40,), "loader": (8,)}
 
 
@@ -229,56 +232,85 @@ def draw(found: dict[str, Any]) -> Figure:
     """Time (above) and memory (below) against what grows, each in a panel of its own."""
     shown = [what for what in LABELS if what in found["points"]]
     loader = found["points"].get("loader", {})
-    rate = "".join(f" The loader alone gives {p['times']:,.0f} times what training takes." for p in loader.values())
+    given = [point["times"] for point in loader.values() if "failed" not in point]
+    rate = "".join(f" The loader alone gives {times:,.0f} times what training takes." for times in given)
     sheet = Sheet(
         4.6,
         title="What training costs as the work grows",
-        subtitle="Above: time. Below: memory. Dashed: in proportion to the first point; flat where that is meant."
-        + rate,
+        subtitle="Above: time. Below: memory. Dashed: in proportion to the work, from the first point on." + rate,
         footer=[
             found["what"],
             f"load {found['load'][0]:.1f} to {found['load_after'][0]:.1f} · torch {torch.__version__}",
         ],
     )
-    grid = sheet.grid(2, max(len(shown), 1), wspace=0.45, hspace=0.4)
+    grid = sheet.grid(2, max(len(shown), 1), wspace=0.38, hspace=0.62)
     for place, what in enumerate(shown):
         points = {int(value): point for value, point in found["points"][what].items() if "failed" not in point}
         above = sheet.figure.add_subplot(grid[0, place], label=f"{what} time")
         below = sheet.figure.add_subplot(grid[1, place], label=f"{what} memory")
-        label, time_label, memory_label = LABELS[what]
         if what == "long":
-            for point in points.values():
-                at = [(k + 1) * point["steps"] / 10 for k in range(10)]
-                above.plot(at, [1e3 * t for t in point["seconds"]], marker="o", color=RUNS[0])
-                below.plot(at, [m / 2**20 for m in point["bytes"]], marker="o", color=RUNS[0])
+            at = [(k + 1) * point["steps"] / 10 for point in points.values() for k in range(10)]
+            above.plot(at, [1e3 * t for point in points.values() for t in point["seconds"]], **_LINE)
+            below.plot(at, [m / 2**20 for point in points.values() for m in point["bytes"]], **_LINE)
         elif what == "rows":
             for name, colour in zip(("read", "write", "load"), RUNS, strict=False):
-                above.plot(list(points), [1e3 * p[name] for p in points.values()], marker="o", color=colour, label=name)
-            below.plot(list(points), [p["bytes_a_row"] for p in points.values()], marker="o", color=RUNS[0])
-            above.legend()
+                above.plot(
+                    list(points), [1e3 * p[name] for p in points.values()], **_LINE | {"color": colour}, label=name
+                )
+            below.plot(list(points), [p["bytes_a_row"] for p in points.values()], **_LINE)
+            above.legend(fontsize=7, loc="lower left")
         else:
             each = [1e3 * p["seconds_an_image"] for p in points.values()]
-            above.plot(list(points), each, marker="o", color=RUNS[0])
-            below.plot(list(points), [p["bytes_an_image"] / 2**20 for p in points.values()], marker="o", color=RUNS[0])
-            if each:
-                first = next(iter(points))
-                power = {"batch": 0, "width": 2, "steps": 1}[what]
-                # A step of K attack steps makes K forward and backward passes, and one that trains, which counts 1.5.
-                worth = [(2 * k + 3) / (2 * first + 3) if what == "steps" else (k / first) ** power for k in points]
-                above.plot(list(points), [each[0] * w for w in worth], "--", color=RUNS[4], linewidth=1)
-        if what != "long":
-            above.set_xscale("log")
-            below.set_xscale("log")
-        if what == "width":
-            above.set_yscale("log")
-        else:
-            above.set_ylim(bottom=0)
-        below.set_ylim(bottom=0)
-        above.set_title(label)
-        above.set_ylabel(time_label)
-        below.set_ylabel(memory_label)
-        below.set_xlabel(label)
+            above.plot(list(points), each, **_LINE)
+            below.plot(list(points), [p["bytes_an_image"] / 2**20 for p in points.values()], **_LINE)
+            above.plot(list(points), _expected(what, list(points), each), "--", color=RUNS[4], linewidth=1)
+        for axes, unit in zip((above, below), LABELS[what][1:], strict=True):
+            _axes(axes, what, list(points), unit)
     return sheet.figure
+
+
+_LINE: dict[str, Any] = {"marker": "o", "markersize": 4, "color": RUNS[0]}
+
+
+def _expected(what: str, points: Sequence[int], measured: Sequence[float]) -> list[float]:
+    """Times in proportion to the work, from the first point on."""
+    if not measured:
+        return []
+    first = points[0]
+    if what == "steps":  # K steps make K forward and backward passes, and one that trains, which counts 1.5
+        return [measured[0] * (2 * k + 3) / (2 * first + 3) for k in points]
+    return [measured[0] * (k / first) ** {"batch": 0, "width": 2}[what] for k in points]
+
+
+def _axes(axes: Axes, what: str, points: Sequence[int], unit: str) -> None:
+    """What grows along the bottom, in words and whole numbers; the unit above the panel."""
+    axes.set_title(unit, loc="left", fontsize=8, color=GREY, fontweight="normal")
+    axes.set_xlabel(LABELS[what][0])
+    axes.tick_params(labelsize=7.5)
+    if what == "long":
+        axes.set_xlim(left=0)
+    else:
+        axes.set_xscale("log")
+        every = 2 if len(points) > 4 else 1
+        named = [point if k % every == 0 else None for k, point in enumerate(points)]
+        axes.set_xticks(list(points), ["" if point is None else _counted(point) for point in named])
+        axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    if what == "width":
+        axes.set_yscale("log")
+        ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000) if low <= t <= high]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, 1.15 * high)
+
+
+def _counted(number: int) -> str:
+    """A count in few characters: 10k, 5M."""
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if number >= 10 * size or (number >= size and number % size == 0):
+            return f"{number // size}{letter}"
+    return str(number)
 
 
 def _short(point: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
+LONGEST = 300
+"""Characters of a foreign message that fit into a line or two of a screen."""
+
+
 def first_line(error: BaseException) -> str:
     r"""What somebody else's exception says, in a line; its name where it says nothing.
 
@@ -46,6 +50,16 @@ def first_line(error: BaseException) -> str:
         ('no such thing', 'KeyError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    r"""All that somebody else's exception says, on one line of at most `LONGEST` characters; its name if it is silent.
+
+    Example:
+        >>> one_line(ValueError("no such thing\n  because of that"))
+        'no such thing because of that'
+    """
+    return " ".join(str(error).split())[:LONGEST] or type(error).__name__
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

@@ -17,8 +17,7 @@ from instar.analyse.analysis import ANALYSES, FOLDER, Analysis, Found
 from instar.analyse.target import SPLITS, Target, Tick, open_files, open_targets
 from instar.config import fits
 from instar.devices import choose_device
-from instar.errors import UserError, unknown
-from instar.evaluate.subject import one_line
+from instar.errors import UserError, one_line, unknown
 from instar.evaluate.targets import Normalization
 from instar.report.stored import UnavailableError
 

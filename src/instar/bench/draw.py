@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from matplotlib.figure import Figure
 
 from instar.bench.result import Benchmark
@@ -22,6 +24,9 @@ def bars(found: Benchmark) -> Figure:
     fastest = max(rows, key=found.images_a_second)
     best = max((s for row in rows if (s := found.speedup(row)) is not None), key=lambda r: r.median, default=None)
     title = f"{fastest.name} trains on {found.images_a_second(fastest):,.0f} images a second"
+    longer = {row.name: found.ratio(row, rows[0]).median for row in rows[1:] if row.case.style == "instar"}
+    if longer:
+        title = f"A step takes {_span(longer.values())} times as long as one of {rows[0].name}"
     if best is not None:
         title = f"Up to {best.median:.1f} times as fast as the official style"
     sheet = Sheet(
@@ -40,14 +45,17 @@ def bars(found: Benchmark) -> Figure:
     for place, row in zip(places, rows, strict=True):
         colour = PALE if row.case.style == "official" else RUNS[0] if not row.case.without else RUNS[5]
         speed.barh(place, found.images_a_second(row), color=colour, height=0.66, gid=row.name)
-        faster = found.speedup(row)
-        text = f" {found.images_a_second(row):,.0f}" + ("" if faster is None else f"   {faster.median:.1f}×")
+        faster, text = found.speedup(row), f" {found.images_a_second(row):,.0f}"
+        if faster is not None:
+            text += f"   {faster.median:.1f}×"
+        elif best is None and row.name in longer:
+            text += f"   {longer[row.name]:.2f} × the time"
         speed.text(found.images_a_second(row), place, text, va="center", fontsize=8, color=INK)
         share.barh(place, found.share(row), color=colour, height=0.66, gid=row.name)
         share.text(found.share(row), place, f" {found.share(row):.0%}", va="center", fontsize=8, color=INK)
     speed.set_yticks(places, [row.name for row in rows], color=INK)
     share.set_yticks(places, [""] * len(rows))
-    speed.set_xlim(0, 1.25 * max(found.images_a_second(row) for row in rows))
+    speed.set_xlim(0, 1.4 * max(found.images_a_second(row) for row in rows))
     share.set_xlim(0, 1.2 * max(found.share(row) for row in rows))
     speed.set_xlabel("images a second")
     share.set_xlabel("share of the matmul rate")
@@ -57,3 +65,9 @@ def bars(found: Benchmark) -> Figure:
         axes.tick_params(axis="x", labelcolor=GREY)
     share.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     return sheet.figure
+
+
+def _span(ratios: Collection[float]) -> str:
+    """The lowest and the highest ratio in two decimals, or the one that there is."""
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return low if low == high else f"{low} to {high}"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from instar.data.catalogue import CATALOGUE, DatasetInfo
 from instar.doctor.report import ERROR, OK, WARNING, Check
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.evaluate.intervals import mcnemar, wilson
 from instar.evaluate.normalization import Statistics, candidates, compare
-from instar.evaluate.subject import check_logits, is_black_box, one_line
+from instar.evaluate.subject import check_logits, is_black_box
 from instar.expression import number
 from instar.modes import forward_mode, full
 from instar.threat import Ball

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from instar.attacks import FoldingError, fold
-from instar.errors import UserError
-from instar.evaluate.subject import Subject, one_line
+from instar.errors import UserError, one_line
+from instar.evaluate.subject import Subject
 from instar.models.precision import FloatLinear, FloatStemConv2d
 
 PRECISIONS = ("float32", "bf16")

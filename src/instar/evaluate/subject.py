@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from instar.attacks import FoldingError, fold
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.modes import forward_mode
 
 
@@ -169,13 +169,3 @@ def _stand_in(model: nn.Module, images: Tensor) -> nn.Module:
         return fold(model, images)
     except FoldingError:
         return model
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, cut to what fits on a screen line or two.
-
-    Example:
-        >>> one_line(ValueError("first  second"))
-        'first second'
-    """
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from instar.arrays import Arrays, pack
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.evaluate.autoattack import AutoAttack
 from instar.evaluate.clean import Clean
 from instar.evaluate.conditions import Conditions
@@ -24,7 +24,7 @@ from instar.evaluate.examples import Examples, gathered, keeper, kept
 from instar.evaluate.progress import Progress
 from instar.evaluate.recording import version
 from instar.evaluate.shards import Keep, Outcome, Shard, Store, keep_nothing
-from instar.evaluate.subject import Subject, one_line
+from instar.evaluate.subject import Subject
 from instar.evaluate.suites import Entry
 from instar.evaluate.targets import Case
 from instar.evaluate.team import PATIENCE, Team

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.models.normalize import Normalize
 from instar.models.reading import absent, parsed, read_bytes
 from instar.models.registry import Origin, create, origin
-from instar.models.states import compare, copy_into, detached, line, other_architecture, tensors_of, unwrapped
+from instar.models.states import compare, copy_into, detached, other_architecture, tensors_of, unwrapped
 from instar.storage import WriteError, flush_folder, write_beside
 
 LARGEST_CARD = 10_000_000  # bytes
@@ -169,7 +169,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
             "copy the card too, or name the model and use load_foreign"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{card_path} is not a card: {line(error)}") from None
+        raise UserError(f"{card_path} is not a card: {one_line(error)}") from None
     sound = (
         isinstance(card, dict)
         and isinstance(card.get("architecture", ""), str)
@@ -243,7 +243,7 @@ def _rebuild(weights: Path, card: Mapping[str, Any]) -> nn.Module:
     try:
         return create(architecture, **{**arguments, "seed": 0})
     except (UserError, TypeError) as error:
-        raise UserError(f"the card of {weights} cannot be rebuilt: {line(error)}") from error
+        raise UserError(f"the card of {weights} cannot be rebuilt: {one_line(error)}") from error
 
 
 def read_own(weights: Path, card: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.models.reading import absent
-from instar.models.states import line
 
 LARGEST = 2**31
 """Bytes of an ONNX file, which is one protobuf message."""
@@ -94,7 +93,7 @@ class OnnxClassifier(nn.Module):
             found: np.ndarray = self._session.run([self._output], {self._input: array})[0]
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise UserError(
-                f"{self.path} cannot process images of shape {tuple(x.shape)}: {line(error)[:200]}"
+                f"{self.path} cannot process images of shape {tuple(x.shape)}: {one_line(error)[:200]}"
             ) from None
         return found[:count]
 
@@ -116,7 +115,7 @@ def _session(path: Path) -> Any:
         # By path: onnxruntime then refuses tensors that are kept in files outside of the model's folder.
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise UserError(f"{path} is no ONNX model, or damaged ({line(error)[:200]})") from None
+        raise UserError(f"{path} is no ONNX model, or damaged ({one_line(error)[:200]})") from None
 
 
 def installed(package: str) -> bool:
@@ -171,7 +170,7 @@ def exported(model: nn.Module, shape: tuple[int, int, int]) -> bytes:
             )
         content: bytes = program.model_proto.SerializeToString()  # type: ignore[union-attr]
     except Exception as error:  # foreign code fails to trace in any way it likes
-        reason = line(error).partition(". ")[0][:200]
+        reason = one_line(error).partition(". ")[0][:200]
         raise UserError(f"this network cannot be written as ONNX: {type(error).__name__}: {reason}") from error
     return content
 

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from instar.errors import UserError
-from instar.models.states import line, some
+from instar.errors import UserError, one_line
+from instar.models.states import some
 
 # Where training codes put their weights, most telling name first; averaged weights before raw ones, as their authors
 # evaluate those.
@@ -186,7 +186,7 @@ def parsed(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or cut short ({line(error)}); copy or download it again") from None
+        raise UserError(f"{path} is damaged or cut short ({one_line(error)}); copy or download it again") from None
 
 
 def _unpickled(source: Path | io.BytesIO, path: Path) -> Any:
@@ -213,7 +213,7 @@ def _unpickled(source: Path | io.BytesIO, path: Path) -> Any:
             ) from None
         raise UserError(f"{path} is no file of torch.save, or damaged; copy or download it again") from None
     except Exception as error:  # damaged archives fail in many ways, all of which mean the same here
-        why = line(error)[:120]
+        why = one_line(error)[:120]
         why = f" ({why})" if " " in why else "; copy or download it again"  # some say but the byte that they met
         raise UserError(f"{path} is no file of torch.save, or damaged{why}") from None
 

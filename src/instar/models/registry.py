@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instar.errors import UserError, unknown
+from instar.errors import UserError, one_line, unknown
 from instar.models.normalize import Normalize, statistics
 from instar.models.preact_resnet import PreActResNet
 from instar.models.precision import FloatStemConv2d
@@ -256,7 +256,7 @@ def _create_own(architecture: str, given: Mapping[str, Any], arguments: Mapping[
     try:
         return build(**{key: value for key, value in given.items() if value is not None}, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{architecture} refused its arguments: {_line(error)}") from error
+        raise UserError(f"{architecture} refused its arguments: {one_line(error)}") from error
 
 
 def _create_timm(name: str, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
@@ -285,7 +285,7 @@ def _create_timm(name: str, given: Mapping[str, Any], arguments: Mapping[str, An
     try:
         net = timm.create_model(name, num_classes=given["classes"], in_chans=given["channels"], **extra)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"timm/{name} refused its arguments: {_line(error)}") from error
+        raise UserError(f"timm/{name} refused its arguments: {one_line(error)}") from error
     _keep_stem_in_float(net)
     model = TimmClassifier(net, mean=given["mean"], std=given["std"], channels=given["channels"])
     _check_output(f"timm/{name}", model, given)
@@ -336,7 +336,7 @@ def _create_from_code(name: str, given: Mapping[str, Any], arguments: Mapping[st
     try:
         model = function(**accepted, **arguments)
     except Exception as error:  # the user's code; the cause stays chained
-        raise UserError(f"{name} failed: {type(error).__name__}: {_line(error)}") from error
+        raise UserError(f"{name} failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} must return a torch.nn.Module; got {type(model).__name__}")
     if given["mean"] is not None and "mean" not in accepted:
@@ -356,7 +356,7 @@ def _check_output(name: str, model: nn.Module, given: Mapping[str, Any]) -> None
         with torch.no_grad():
             logits = model(torch.zeros(shape, device=device))
     except Exception as error:  # any failure of foreign code means the same: it cannot process such images
-        raise UserError(f"{name} cannot process images of shape {shape[1:]}: {_line(error)}") from error
+        raise UserError(f"{name} cannot process images of shape {shape[1:]}: {one_line(error)}") from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -368,10 +368,6 @@ def _check_output(name: str, model: nn.Module, given: Mapping[str, Any]) -> None
 def _check_count(name: str, value: object, smallest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= LARGEST:
         raise UserError(f"{name} must be a whole number from {smallest} to {LARGEST}; got {value!r}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager

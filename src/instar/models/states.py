@@ -128,13 +128,3 @@ def some(names: Iterable[str], most: int = 3) -> str:
     """
     listed = list(names)
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
-
-
-def line(error: BaseException) -> str:
-    r"""The message of an error on one line.
-
-    Example:
-        >>> line(ValueError("first\n  second"))
-        'first second'
-    """
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from instar.errors import UserError
+from instar.errors import UserError, one_line
 from instar.models.reading import absent
-from instar.models.states import line
 
 
 def load_torchscript(path: str | Path, *, trust: bool = False) -> nn.Module:
@@ -45,5 +44,5 @@ def load_torchscript(path: str | Path, *, trust: bool = False) -> nn.Module:
             warnings.simplefilter("ignore")  # newer versions of torch advise against the format
             loaded: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:  # damaged archives fail in many ways, all of which mean the same here
-        raise UserError(f"{path} is no TorchScript program, or damaged ({line(error)[:120]})") from None
+        raise UserError(f"{path} is no TorchScript program, or damaged ({one_line(error)[:120]})") from None
     return loaded.eval()
