@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 from instar import UserError
 from instar.data import load
@@ -29,6 +32,7 @@ from instar.report import (
     top_share,
     unevenness,
 )
+from instar.report.style import DPI, png
 
 
 def panel(figure: Figure, label: str) -> Axes:
@@ -287,3 +291,25 @@ def test_figures_leave_the_users_matplotlib_as_it_was(run: Path) -> None:
     learning_curves(run)
     survival(run)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_png_of_a_drawing_keeps_the_colours_of_small_areas() -> None:
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    axes.imshow(np.linspace(0, 1, 10_000).reshape(100, 100), cmap="twilight")  # far more than 256 colours
+    dots = ["#D55E00", "#D56E10", "#53A0CB", "#5BA8C0", "#E09245", "#E6A216"]
+    for place, colour in enumerate(dots):
+        axes.add_patch(Rectangle((10 * place, 10), 3, 3, color=colour, linewidth=0))
+    with Image.open(io.BytesIO(png(figure))) as drawn:
+        assert drawn.mode == "P"
+        pixels = np.asarray(drawn.convert("RGB"))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    with Image.open(buffer) as drawn:
+        full = np.asarray(drawn.convert("RGB"))
+    assert len(np.unique(full.reshape(-1, 3), axis=0)) > 256
+    assert np.abs(pixels.astype(int) - full).max() <= 16
+    for colour in dots:
+        wanted = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+        assert (full == wanted).all(-1).sum() > 20
+        assert ((full == wanted).all(-1) == (pixels == wanted).all(-1)).all()

@@ -166,7 +166,7 @@
     });
     addEventListener("afterprint", () => { printing = false; draw(true); });
     const sort = () => {
-      const { levels, none, kind, words } = columns[sorted.column], sign = sorted.down ? -1 : 1;
+      const { levels, none, kind, words } = columns[sorted.column];
       // Words by the alphabet; what is missing comes last both ways; ties keep the order of positions.
       let rank = levels;
       if (kind === "word") {
@@ -174,7 +174,11 @@
         const places = new Map(byName.map((code, k) => [code, k]));
         rank = Int32Array.from(levels, (code) => places.get(code) ?? none);
       }
-      order.sort((a, b) => (levels[a] === none) - (levels[b] === none) || sign * (rank[a] - rank[b]) || a - b);
+      // One number for rank and position: such are sorted without calling back, ten times as fast.
+      const above = 2 ** 32;
+      const place = (row) => (levels[row] === none ? above : sorted.down ? above - 1 - rank[row] : rank[row]);
+      const keys = Float64Array.from(order, (row) => place(row) * content.rows + row).sort();
+      order = Uint32Array.from(keys, (key) => key % content.rows);
       [...head.querySelectorAll("th[data-column]")].forEach((cell, k) => cell.setAttribute("aria-sort", k === sorted.column ? (sorted.down ? "descending" : "ascending") : "none"));
       viewport.scrollTop = 0;
       draw(true);
