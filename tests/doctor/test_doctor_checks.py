@@ -287,3 +287,17 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="give data with a module"):
         examine(nn.Linear(2, 2))
     assert math.isfinite(examine_machine("cpu").machine["cores"])
+
+
+def test_a_preset_or_a_configuration_is_foretold_like_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = ["--data=digits", "--width=4", "--size=8", "--seconds=0.3", "--json"]
+    assert main(["doctor", "--recipe", "pgd_at", "--preset", "fast-cifar10", "--epochs=3", *usual]) == 0
+    preset = json.loads(capsys.readouterr().out)
+    assert preset["target"] == "pgd_at on digits"
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: trades\nepochs: 2\ndata: digits\nbatch_size: 500\n")
+    assert main(["doctor", "--config", str(file), "--width=4", "--seconds=0.3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["steps"] == 2 * 2
+    file.write_text("epochs: 2\n")
+    assert main(["doctor", "--config", str(file)]) == 2
+    assert "the configuration names no recipe" in capsys.readouterr().err

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jsonargparse import ArgumentParser
-
-from instar.cli.arguments import expression, parse, parser, pointed, radius, width_of
-from instar.config import Settings, find_recipe, read_value
+from instar.cli.arguments import parse, parser, pointed, radius, width_of
+from instar.cli.configuration import configured
 from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
 from instar.evaluate import SUITES
@@ -32,7 +29,7 @@ def run(words: Sequence[str]) -> int:
         UserError: A mistake in the arguments, or a target that does not exist.
     """
     words = list(words)
-    if any(word == "--recipe" or word.startswith("--recipe=") for word in words):
+    if any(word.partition("=")[0] in ("--recipe", "--config") for word in words):
         report, as_json = _recipe(words)
     else:
         report, as_json = _target(words)
@@ -92,40 +89,14 @@ def _target(words: list[str]) -> tuple[Report, bool]:
 
 
 def _recipe(words: list[str]) -> tuple[Report, bool]:
-    name = _following("--recipe", words)
-    recipe = find_recipe(name)
-    made = parser("doctor --recipe", DESCRIPTION)
-    made.add_argument("--recipe", type=str)
+    if words[-1] == "--recipe":
+        raise UserError("which recipe? instar doctor --recipe RECIPE ...; instar explain lists them")
+    made = parser("doctor --recipe RECIPE", DESCRIPTION)
     made.add_argument("--json", action="store_true", help="print figures for a machine")
     made.add_argument("--seconds", type=float, default=20.0, help="time that may be spent on the probe, about")
-    made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
-    made.add_class_arguments(Settings, skip={"drops"})
-    _add_recipe(made, recipe.__name__, inspect.signature(recipe).parameters)
-    given = parse(made, words)
-    settings = {key: getattr(given, key) for key in inspect.signature(Settings).parameters if key != "drops"}
-    arguments = {key: getattr(given, key) for key in inspect.signature(recipe).parameters}
-    changes = dict(_change(text) for text in given.set or ())
-    training = predict(name, arguments=arguments, changes=changes, seconds=given.seconds, **settings)
-    return replace(examine_machine(given.device), target=f"{name} on {given.data}", training=training), given.json
-
-
-def _add_recipe(made: ArgumentParser, name: str, parameters: object) -> None:
-    group = made.add_argument_group(f"{name} (what is not given is the data set's or recipe's default)")
-    for key, parameter in parameters.items():  # type: ignore[attr-defined]
-        group.add_argument(f"--{key}", type=expression, default=None, help=f"recipe default: {parameter.default!r}")
-
-
-def _following(flag: str, words: Sequence[str]) -> str:
-    for position, word in enumerate(words):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and position + 1 < len(words):
-            return words[position + 1]
-    raise UserError("which recipe? instar doctor --recipe RECIPE ...; instar explain lists them")
-
-
-def _change(text: str) -> tuple[str, object]:
-    path, equals, item = text.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set takes PATH=VALUE, for example attack.eps=4/255; got {text!r}")
-    return path.strip(), read_value(item)
+    run = configured(words, made)
+    if run.name is None:
+        raise UserError("the configuration names no recipe: add recipe: pgd_at, or --recipe pgd_at")
+    training = predict(run.name, arguments=run.arguments, changes=run.changes, seconds=run.given.seconds, **run.fields)
+    target = f"{run.name} on {run.fields['data']}"
+    return replace(examine_machine(run.fields["device"]), target=target, training=training), run.given.json

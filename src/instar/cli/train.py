@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import io
 import shlex
@@ -14,15 +13,15 @@ from typing import Any, TextIO
 import yaml
 from jsonargparse import ArgumentParser
 
-from instar.cli.arguments import expression, parse, parser
+from instar.cli.arguments import parse, parser
+from instar.cli.configuration import configured, names_recipe
 from instar.cli.display import display
-from instar.config import INDIFFERENT, Settings, build_method, find_recipe, read_value, written
+from instar.config import INDIFFERENT, Settings, build_method, written
 from instar.data import info
 from instar.errors import UserError
 from instar.follow import SINKS, following
 from instar.methods import RECIPES, Recipe
 from instar.parallel import leading
-from instar.presets import Preset, apply, changes_of, preset
 from instar.runs import read_resumable, read_run
 from instar.train import Event, Interrupted, Result, resume, train
 
@@ -45,24 +44,15 @@ def run(words: Sequence[str]) -> int:
     words = list(words)
     if words and not words[0].startswith("-"):
         words[:1] = ["--recipe", words[0]]
-    name = _recipe_name(words)
-    if name is None and "--resume" in words:
+    named = names_recipe(words)
+    if not named and "--resume" in words:
         return _resume(words)
-    if name is None and not {"-h", "--help"} & set(words):
+    if not named and not {"-h", "--help"} & set(words):
         raise UserError(WHICH)
-    recipe = find_recipe(name) if name else None
-    published = _preset(name, words)
-    given = parse(_parser(recipe, published), words)
-    fields = {key: getattr(given, key) for key in inspect.signature(Settings).parameters}
-    arguments = {key: getattr(given, key) for key in (inspect.signature(recipe).parameters if recipe else {})}
-    changes = _changes(given.set)
-    if published is not None:
-        usual = _defaults() | dict(published.settings)
-        chosen = {key: item for key, item in fields.items() if item != usual[key]}
-        arguments, of_preset = apply(published, arguments, chosen)
-        fields |= of_preset
-        changes = changes_of(published, chosen) | changes
-    settings = Settings(**fields)
+    made = configured(words, _parser())
+    name, recipe, given = made.name, made.recipe, made.given
+    arguments, changes = made.arguments, made.changes
+    settings = Settings(**made.fields)
     if recipe is None or name is None:
         raise UserError(WHICH)
     if given.print_config:
@@ -84,7 +74,7 @@ def run(words: Sequence[str]) -> int:
                 changes=changes,
                 on_event=_both(show, follow),
                 note=show.line,
-                **fields,
+                **made.fields,
             )
         except Interrupted as stopped:
             show.line(str(stopped))
@@ -162,81 +152,13 @@ def _named(recipe: Recipe, name: str) -> Recipe:
     return recipe
 
 
-def _recipe_name(words: Sequence[str]) -> str | None:
-    """The recipe, from the flag or from the YAML file: it decides which flags there are."""
-    return _said_early("recipe", words)
-
-
-def _preset(recipe: str | None, words: Sequence[str]) -> Preset | None:
-    """The preset, from the flag or from the YAML file: it decides what the other flags are by default."""
-    name = _said_early("preset", words)
-    return None if name is None or recipe is None else preset(recipe, name)
-
-
-def _defaults() -> dict[str, Any]:
-    return {entry.name: entry.default for entry in dataclasses.fields(Settings)}
-
-
-def _said_early(what: str, words: Sequence[str]) -> str | None:
-    """A setting that must be known before the words can be parsed."""
-    found: str | None = None
-    for position, word in enumerate(words):
-        flag, equals, rest = word.partition("=")
-        following = rest if equals else (words[position + 1] if position + 1 < len(words) else "")
-        if flag == "--config" and found is None:
-            found = _from_yaml(what, Path(following))
-        if flag == f"--{what}":
-            return following
-    return found
-
-
-def _from_yaml(what: str, path: Path) -> str | None:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"the configuration {path} must be a mapping of names to values")
-    found = content.get(what)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{what} in the configuration {path} must be a name; got {found!r}")
-    return found
-
-
-def _parser(recipe: Recipe | None, published: Preset | None = None) -> ArgumentParser:
+def _parser() -> ArgumentParser:
     made = parser("train", DESCRIPTION)
-    made.add_argument("--config", action="config", help="YAML file with any of these settings")
-    made.add_argument("--recipe", type=str, help="the recipe, if it is not the first word")
     made.add_argument("--out", type=str, default=None, help="folder of the run (default: runs/RECIPE-DATA-seedS)")
     made.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     made.add_argument("--log", action="append", default=[], metavar="SINK", help=_LOG)
-    made.add_argument("--preset", type=str, default=None, help="a published setting; instar explain RECIPE lists them")
-    made.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change any part of the method")
     made.add_argument("--print_config", action="store_true", help="print the configuration as YAML and stop")
-    made.add_class_arguments(Settings, skip={"drops"})
-    drops = "of the piecewise schedule: ((0.5, 0.1), (0.75, 0.01)) is a tenth from half of the run on, then a hundredth"
-    made.add_argument("--drops", type=expression, default=_defaults()["drops"], help=drops)
-    if published is not None:
-        made.set_defaults(dict(published.settings))
-    if recipe is not None:
-        group = made.add_argument_group(f"{recipe.__name__} (what is not given is the data set's or recipe's default)")
-        for key, parameter in inspect.signature(recipe).parameters.items():
-            group.add_argument(f"--{key}", type=expression, default=None, help=f"recipe default: {parameter.default!r}")
     return made
-
-
-def _changes(given: Any) -> dict[str, Any]:
-    """Changes of the method: a list of them from the command line; one, several or a mapping from a YAML file."""
-    if isinstance(given, dict):
-        return {str(path): read_value(item) for path, item in given.items()}
-    return dict(_change(text) for text in ([given] if isinstance(given, str) else given or ()))
-
-
-def _change(text: Any) -> tuple[str, Any]:
-    path, equals, item = text.partition("=") if isinstance(text, str) else ("", "", "")
-    if not equals or not path:
-        raise UserError(f"--set takes PATH=VALUE, for example attack.eps=4/255; got {text!r}")
-    return path.strip(), read_value(item)
 
 
 def _default_out(name: str, settings: Settings) -> str:
