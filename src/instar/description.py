@@ -25,8 +25,22 @@ from instar.methods import Recipe
 from instar.models import origin
 from instar.parallel import Group
 from instar.runs import onward, read_run
+from instar.schedules import Progress
 from instar.selection import SELECTION_STEPS
 from instar.storage import remove_unfinished, write_atomically
+
+
+def threat_of(method: Method, epochs: int) -> dict[str, Any] | None:
+    """Norm and radius that a network is trained to withstand; of a radius that moves, the one at the end of the run.
+
+    Example:
+        >>> from instar.methods import RECIPES
+        >>> from instar.schedules import Ramp
+        >>> threat_of(RECIPES["pgd_at"](eps=Ramp(0.0, 0.5, 0, 0.1)), epochs=30)
+        {'norm': 'Linf', 'eps': 0.5}
+    """
+    ball = getattr(method.at(Progress(epoch=epochs, epochs=epochs)).attack, "ball", None)
+    return None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)}
 
 
 def describe(
@@ -54,7 +68,6 @@ def describe(
         group: The processes that share it.
     """
     built = origin(network)
-    ball = getattr(method.attack, "ball", None)
     name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", "custom")
     kept = {entry.name: written(getattr(settings, entry.name)) for entry in dataclasses.fields(settings)}
     return {
@@ -73,7 +86,7 @@ def describe(
             "arguments": dict(built.arguments) if built else None,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
-        "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
+        "threat": threat_of(method, settings.epochs),
         "selection": {"n": len(selection), "rule": f"margin PGD-{SELECTION_STEPS}", "seed": settings.seed},
         "hardware": {
             "device": device_name(device),

@@ -35,7 +35,6 @@ from instar.config import (
     find_recipe,
     learning_rate,
     read_value,
-    written,
 )
 from instar.data import (
     CutMix,
@@ -54,7 +53,7 @@ from instar.data import (
     steps_per_epoch,
 )
 from instar.data.indexed import as_float
-from instar.description import describe, fingerprint_of, prepare_folder, setting
+from instar.description import describe, fingerprint_of, prepare_folder, setting, threat_of
 from instar.devices import choose_device
 from instar.errors import UserError
 from instar.evidence import Batch
@@ -853,12 +852,11 @@ def _check_equal(run: _Run, state: State) -> None:
 
 def _card(run: _Run, network: nn.Module) -> dict[str, Any]:
     info = run.train.images.info
-    ball = getattr(run.method.attack, "ball", None)
     return {
         "dataset": info.name,
         "class_names": list(info.classes),
         "method": repr(run.method),
-        "threat": None if ball is None else {"norm": ball.norm, "eps": written(ball.eps)},
+        "threat": threat_of(run.method, run.settings.epochs),
         "seed": run.settings.seed,
         "weights": "average" if run.method.average is not None else "online",
     }

@@ -267,3 +267,13 @@ def test_output_into_a_pipe_that_closes_is_no_error() -> None:
     with child.stderr:
         assert child.stderr.read() == b""
     assert child.wait() == 141
+
+
+def test_a_run_whose_radius_grew_is_evaluated_at_the_radius_it_grew_to(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    grows = ["--eps", "Ramp(0, 0.2, 0, 0.5)", "--steps", "Steps(1, ((0.5, 2),))", "--step_size", "0.1"]
+    small = ["--data", "digits", "--model", "small_cnn", "--width", "4", "--epochs", "2", "--batch_size", "512"]
+    assert main(["train", "pgd_at", *grows, *small, "--out", str(out)]) == 0
+    assert json.loads((out / "run.json").read_text())["threat"] == {"norm": "Linf", "eps": 0.2}
+    assert json.loads((out / "checkpoints" / "last.json").read_text())["threat"] == {"norm": "Linf", "eps": 0.2}
+    assert main(["evaluate", str(out), "--suite", "quick", "--n", "20", "--checkpoint", "last"]) == 0
