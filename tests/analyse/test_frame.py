@@ -18,6 +18,7 @@ from instar.analyse.target import Portion, Target
 from instar.cli import main
 from instar.errors import UserError
 from instar.report.stored import UnavailableError
+from instar.train import train
 
 Pictures = Callable[..., tuple[Tensor, Tensor]]
 
@@ -170,6 +171,29 @@ def test_a_run_gets_every_analysis_and_its_comparison(trained: Path) -> None:
     assert [one.name for one in again] == sorted((one.name for one in again), key=list(ANALYSES).index)
     joined = next(one for one in again if one.name == "agreement").tables["difficulty"]
     assert "vulnerability" in joined  # agreement reads what was stored before it
+
+
+def test_kept_epochs_are_put_side_by_side_as_a_run_and_as_files(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    usual = {"data": "digits", "width": 4, "batch_size": 512, "ema": 0.0, "arguments": {"steps": 1}}
+    train("pgd_at", out=run, epochs=3, keep_every=1, **usual)
+    how = {"only": ["vulnerability"], "split": "train", "n": 30, "settings": {"vulnerability": {"landscapes": False}}}
+    of_run = analyse(run, checkpoint="kept", **how)
+    files = [run / "checkpoints" / f"epoch_{epoch:03d}.safetensors" for epoch in range(3)]
+    of_files = analyse(files, out=tmp_path / "files", **how)
+    for done in (of_run, of_files):
+        assert [one.checkpoint for one in done[:3]] == ["epoch_000", "epoch_001", "epoch_002"]
+        compared = done[-1]
+        assert isinstance(compared, Found)
+        assert compared.compares
+        changes = compared.tables["changes"]
+        assert [(a, b) for a, b in zip(changes["from_epoch"], changes["to_epoch"], strict=True)] == [(0, 1), (1, 2)]
+        before, after = (one.tables["instances"] for one in done[1:3] if isinstance(one, Found))
+        assert changes["more_vulnerable_share"][1] == np.mean(after["vulnerability"] > before["vulnerability"])
+    plain = tmp_path / "plain"
+    train("pgd_at", out=plain, epochs=1, **usual)
+    with pytest.raises(UserError, match="kept no epochs but best and last; instar train --keep-every 1 keeps each"):
+        open_targets(plain, checkpoint="kept")
 
 
 def test_what_is_not_there_is_told_and_the_rest_is_done(trained: Path) -> None:

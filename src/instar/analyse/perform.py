@@ -232,9 +232,7 @@ class _Session:
         """Comparisons of all sources."""
         for analysis in self.wanted.values():
             all_found = [one for one in self.done if isinstance(one, Found) and one.name == analysis.name]
-            found = [one for one in all_found if not one.compares]
-            if len({one.protocol.get("target") for one in found}) > 1:
-                self._compare(analysis, found, folder)
+            self._compare(analysis, [one for one in all_found if not one.compares], folder)
 
     def _targets(
         self, analysis: Analysis, source: Source, folder: Path | None, opened: dict[str, list[Target] | UserError]

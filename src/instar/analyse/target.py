@@ -307,7 +307,8 @@ def open_targets(
         source: A run folder (its best and last checkpoint), a weights file with its card, or a module (with `data`).
         which: ``"test"`` (the official test images) or ``"train"`` (those that the run was trained on; those it held
             out for choosing checkpoints are left out).
-        checkpoint: Of a run: ``"best"``, ``"last"`` or ``"both"``.
+        checkpoint: Of a run: ``"best"``, ``"last"``, ``"both"``, ``"epoch_009"`` and the like, or ``"kept"`` for every
+            epoch that was kept.
         data: Name of a data set, images, a split or a pair of tensors, as `instar.evaluate.evaluate` takes it; None
             takes what the run or card names.
         root: Folder that data sets lie in; None is the default one.

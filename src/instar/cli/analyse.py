@@ -42,7 +42,9 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--only", type=str, default=None, help="names with commas between; default: all")
     made.add_argument("--n", type=expression, default=1000, help="images of each split, or all")
     made.add_argument("--split", type=str, default=None, help="train, test or both; default: what each analysis is for")
-    made.add_argument("--checkpoint", type=str, default="both", help="of a run: both, best, last or epoch_NNN")
+    made.add_argument(
+        "--checkpoint", type=str, default="both", help="of a run: both, best, last, epoch_NNN, or kept: every epoch_NNN"
+    )
     made.add_argument("--data", type=str, default=None, help="data set; a run and a card know their own")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in")
     made.add_argument("--model", type=str, default=None, help="network of a foreign state dict")

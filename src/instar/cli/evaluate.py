@@ -46,8 +46,8 @@ def run(words: Sequence[str]) -> int:
     made.add_argument("--attack", type=str, action="append", default=None, help=more)
     how = "number of test images: the first in official order, or evenly spread if it is sorted by class"
     made.add_argument("--n", type=int, default=None, help=how)
-    which = "of a run: both (best and last, the default), best, last, epoch_NNN, online (the weights that were "
-    which += "trained, where those are averages) or all (the default of the suite adaptive)"
+    which = "of a run: both (best and last, the default), best, last, epoch_NNN, kept (every epoch_NNN), online "
+    which += "(the weights that were trained, where those are averages) or all (the default of the suite adaptive)"
     made.add_argument("--checkpoint", type=str, default=None, help=which)
     made.add_argument("--data", type=str, default=None, help="data set; a run and a card know their own")
     made.add_argument("--root", type=str, default=None, help="folder that data sets lie in")

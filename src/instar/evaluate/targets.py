@@ -33,8 +33,9 @@ from instar.threat import Ball, ball
 
 ONLINE = "online"
 """The weights that the optimiser itself trained, where `CHECKPOINTS` hold their average."""
-CHOICES = ("both", *CHECKPOINTS, ONLINE, "all")
-"""What a user may ask for; ``"both"`` is best and last, ``"all"`` adds the online weights of a run with an average."""
+CHOICES = ("both", *CHECKPOINTS, ONLINE, "all", "kept")
+"""What a user may ask for; ``"both"`` is best and last, ``"all"`` adds the online weights of a run with an average, and
+``"kept"`` is every epoch that `Settings.keep_every` kept."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,14 @@ def _lay_out(model: nn.Module) -> None:
 
 def _run(folder: Path, wishes: Wishes) -> list[Case]:
     run = read_run(folder)
-    several = wishes.checkpoint in ("both", "all")
+    several = wishes.checkpoint in ("both", "all", "kept")
     names = (*CHECKPOINTS, wishes.checkpoint) if KEPT.fullmatch(wishes.checkpoint) else CHECKPOINTS
+    if wishes.checkpoint == "kept":
+        names = tuple(sorted(file.stem for file in (folder / "checkpoints").glob("epoch_*.safetensors")))
     files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in names}
     present = {name: file for name, file in files.items() if file.is_file() and (several or name == wishes.checkpoint)}
+    if not present and wishes.checkpoint == "kept":
+        raise UserError(f"{folder} kept no epochs but best and last; instar train --keep-every 1 keeps each")
     if not present and wishes.checkpoint != ONLINE:
         asked = " or ".join(files) if several else wishes.checkpoint
         raise UserError(
