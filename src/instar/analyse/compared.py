@@ -116,3 +116,17 @@ def protocol_of(named: Sequence[Found], **more: Any) -> dict[str, Any]:
         "seconds": 0.0,
         "key": " ".join(str(one.protocol.get("key")) for one in named),
     }
+
+
+def most_turned(changes: Table) -> int:
+    """The change that shows most: in which most images became more vulnerable, first of those while the loss fell.
+
+    Args:
+        changes: The table ``changes`` of a comparison.
+
+    Returns:
+        Its row; training images come before test images.
+    """
+    train = ~np.array([str(label).endswith("test") for label in changes["from_label"]])
+    fell = np.asarray(changes["mean_adversarial_loss_change"]) < 0
+    return int(np.lexsort((-np.asarray(changes["more_vulnerable_share"]), ~fell, ~train))[0])

@@ -35,7 +35,7 @@ from instar.models import origin
 from instar.randomness import generator
 from instar.report.stored import StoredRun, UnavailableError
 from instar.report.stored import read as read_run
-from instar.runs import CHECKPOINTS
+from instar.runs import CHECKPOINTS, KEPT
 from instar.threat import Ball
 
 SPLITS = ("train", "test")
@@ -372,7 +372,7 @@ def open_targets(
         check_labels(case, split.labels)
         targets.append(
             Target(
-                label=f"{run.title}, {case.name}" if run is not None else _called(case),
+                label=f"{run.title}, {_epoch_or(case.name)}" if run is not None else _called(case),
                 checkpoint=case.name,
                 run=run,
                 case=replace(case, split=split),
@@ -408,6 +408,12 @@ def open_files(source: str | Path, *, seed: int = 0, out: str | Path | None = No
         raise UnavailableError(f"{source} is a weights file: its training left no log and no instance tables")
     place = where if out is None else Path(out)
     return Target(label=run.title, checkpoint="run", run=run, folder=place, seed=seed, tick=tick or silent)
+
+
+def _epoch_or(name: str) -> str:
+    """A checkpoint in words: epochs count from 1 in words, from 0 in names of files."""
+    kept = KEPT.fullmatch(name)
+    return name if kept is None else f"epoch {int(kept[1]) + 1}"
 
 
 def _called(case: Case) -> str:

@@ -135,7 +135,7 @@ def _lay_out(model: nn.Module) -> None:
 def _run(folder: Path, wishes: Wishes) -> list[Case]:
     run = read_run(folder)
     several = wishes.checkpoint in ("both", "all", "kept")
-    names = (*CHECKPOINTS, wishes.checkpoint) if KEPT.fullmatch(wishes.checkpoint) else CHECKPOINTS
+    names: tuple[str, ...] = (*CHECKPOINTS, wishes.checkpoint) if KEPT.fullmatch(wishes.checkpoint) else CHECKPOINTS
     if wishes.checkpoint == "kept":
         names = tuple(sorted(file.stem for file in (folder / "checkpoints").glob("epoch_*.safetensors")))
     files = {name: folder / "checkpoints" / f"{name}.safetensors" for name in names}
