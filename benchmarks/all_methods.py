@@ -10,6 +10,7 @@ the table is complete. A run that fails has its reason in the table.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from instar.data import info
 from instar.errors import UserError
 from instar.evaluate import Record, evaluate
+from instar.interruption import Interrupted
 from instar.methods import RECIPES
 from instar.train import train
 
@@ -89,4 +91,7 @@ def _table(rows: Sequence[tuple[str, Record | str]], given: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    print(main().read_text(encoding="utf-8"))
+    try:
+        print(main().read_text(encoding="utf-8"))
+    except Interrupted as stopped:
+        sys.exit(str(stopped))
