@@ -238,7 +238,7 @@ def _warnings(run: StoredRun, records: Sequence[Record], record: Record | None) 
     if record is None:
         found.append(
             "There is no evaluation. Held-out accuracy chose the checkpoint, so it is optimistic, and margin PGD-10 is "
-            f"a weak attack. instar evaluate {run.folder.name} measures."
+            "a weak attack."
         )
         return found
     if "autoattack" not in record.scores:
