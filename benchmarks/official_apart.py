@@ -26,7 +26,7 @@ import instar
 from instar.bench.clocks import wait
 from instar.bench.subject import Case, cases_of, prepare
 from instar.devices import choose_device
-from instar.doctor.machine import machine
+from instar.doctor.machine import hardware
 from instar.storage import write_atomically
 
 LEFT_ALONE = {"MALLOC_ARENA_TEST": "8"}
@@ -67,8 +67,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     print(json.dumps(found["times_as_fast"], indent=2))
     found["what"] = {**common, "steps": given.steps, "clock": "wall", "date": time.strftime("%Y-%m-%d")}
     found["versions"] = {"instar": instar.__version__, "torch": torch.__version__}
-    known = machine(choose_device("cpu"), Path.cwd())
-    found["machine"] = {name: item for name, item in known.items() if name not in ("folder", "disk_free")}
+    found["machine"] = hardware(choose_device("cpu"))
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         file = given.out / f"official_apart_w{given.width}.json"

@@ -24,7 +24,8 @@ def bars(found: Benchmark) -> Figure:
     fastest = max(rows, key=found.images_a_second)
     best = max((s for row in rows if (s := found.speedup(row)) is not None), key=lambda r: r.median, default=None)
     title = f"{fastest.name} trains on {found.images_a_second(fastest):,.0f} images a second"
-    longer = {row.name: found.ratio(row, rows[0]).median for row in rows[1:] if row.case.style == "instar"}
+    ratios = {row.name: found.against_first(row) for row in rows if row.case.style == "instar"}
+    longer = {name: ratio.median for name, ratio in ratios.items() if ratio is not None}
     if longer:
         title = f"A step takes {_span(longer.values())} times as long as one of {rows[0].name}"
     if best is not None:

@@ -18,7 +18,7 @@ from instar.bench.result import Benchmark, Row
 from instar.bench.subject import Case, Subject, cases_of, images_of, prepare
 from instar.data import TrainSplit, augmentation, batches
 from instar.devices import choose_device
-from instar.doctor.machine import machine
+from instar.doctor.machine import hardware
 from instar.errors import UserError, unknown
 from instar.method import Method
 from instar.passes import passes
@@ -110,9 +110,7 @@ def bench(
         _row(case, subjects[case.name], timed[case.name], counted[case.name], measure_memory, notes, note)
         for case in cases
     ]
-    known = machine(device, Path.cwd())
-    kept = {name: item for name, item in known.items() if name not in ("folder", "disk_free")}
-    kept |= {"load": None if before is None else [before, _load()], "date": time.strftime("%Y-%m-%d")}
+    kept = hardware(device) | {"load": None if before is None else [before, _load()], "date": time.strftime("%Y-%m-%d")}
     kept["float32_matmul"] = torch.get_float32_matmul_precision()
     found = Benchmark(tuple(rows), clock, steps, rates, loader, kept, tuple(dict.fromkeys(notes)))
     if out is not None:

@@ -24,15 +24,13 @@ class Configuration:
     """A run before it starts.
 
     Attributes:
-        name: The recipe as it was named, or None where no recipe was.
-        recipe: The recipe.
+        recipe: The recipe, or None where none was named.
         arguments: What was said of each of its arguments; None where nothing was.
         fields: Every field of `Settings`.
         changes: Dotted paths into the method and their values.
         given: All flags, those of the command's own included.
     """
 
-    name: str | None
     recipe: Recipe | None
     arguments: dict[str, Any]
     fields: dict[str, Any]
@@ -40,17 +38,17 @@ class Configuration:
     given: Namespace
 
 
-def configured(words: Sequence[str], made: ArgumentParser) -> Configuration:
+def configured(name: str | None, words: Sequence[str], made: ArgumentParser) -> Configuration:
     """Read the flags of a command that describes a training run.
 
     Args:
+        name: The recipe, of `recipe_named`.
         words: What follows the command.
         made: The command's parser with the flags of its own; those of training are added to it.
 
     Raises:
         UserError: A flag or value that is wrong, or a preset that needs what was not given.
     """
-    name = _said_early("recipe", words)
     recipe = find_recipe(name) if name else None
     title = _said_early("preset", words)
     published = None if title is None or name is None else preset(name, title)
@@ -65,12 +63,12 @@ def configured(words: Sequence[str], made: ArgumentParser) -> Configuration:
         arguments, of_preset = apply(published, arguments, chosen)
         fields |= of_preset
         changes = changes_of(published, chosen) | changes
-    return Configuration(name, recipe, arguments, fields, changes, given)
+    return Configuration(recipe, arguments, fields, changes, given)
 
 
-def names_recipe(words: Sequence[str]) -> bool:
-    """Whether the flags, or the YAML file among them, name a recipe: it decides which flags there are."""
-    return _said_early("recipe", words) is not None
+def recipe_named(words: Sequence[str]) -> str | None:
+    """The recipe that the flags name, or the YAML file among them: it decides which flags there are."""
+    return _said_early("recipe", words)
 
 
 def _add_flags(made: ArgumentParser, recipe: Recipe | None, published: Preset | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from instar.cli.arguments import parse, parser, pointed, radius, width_of
-from instar.cli.configuration import configured
+from instar.cli.configuration import configured, recipe_named
 from instar.doctor import Report, examine, examine_machine, predict
 from instar.errors import UserError, unknown
 from instar.evaluate import SUITES
@@ -89,14 +89,15 @@ def _target(words: list[str]) -> tuple[Report, bool]:
 
 
 def _recipe(words: list[str]) -> tuple[Report, bool]:
-    if words[-1] == "--recipe":
+    name = recipe_named(words)
+    if name is None:
+        raise UserError("the configuration names no recipe: add recipe: pgd_at, or --recipe pgd_at")
+    if not name:
         raise UserError("which recipe? instar doctor --recipe RECIPE ...; instar explain lists them")
     made = parser("doctor --recipe RECIPE", DESCRIPTION)
     made.add_argument("--json", action="store_true", help="print figures for a machine")
     made.add_argument("--seconds", type=float, default=20.0, help="time that may be spent on the probe, about")
-    run = configured(words, made)
-    if run.name is None:
-        raise UserError("the configuration names no recipe: add recipe: pgd_at, or --recipe pgd_at")
-    training = predict(run.name, arguments=run.arguments, changes=run.changes, seconds=run.given.seconds, **run.fields)
-    target = f"{run.name} on {run.fields['data']}"
+    run = configured(name, words, made)
+    training = predict(name, arguments=run.arguments, changes=run.changes, seconds=run.given.seconds, **run.fields)
+    target = f"{name} on {run.fields['data']}"
     return replace(examine_machine(run.fields["device"]), target=target, training=training), run.given.json

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from instar.cli.arguments import parse, parser
-from instar.cli.configuration import configured, names_recipe
+from instar.cli.configuration import configured, recipe_named
 from instar.cli.display import display
 from instar.config import INDIFFERENT, Settings, build_method, written
 from instar.data import info
@@ -44,13 +44,13 @@ def run(words: Sequence[str]) -> int:
     words = list(words)
     if words and not words[0].startswith("-"):
         words[:1] = ["--recipe", words[0]]
-    named = names_recipe(words)
-    if not named and "--resume" in words:
+    name = recipe_named(words)
+    if name is None and "--resume" in words:
         return _resume(words)
-    if not named and not {"-h", "--help"} & set(words):
+    if name is None and not {"-h", "--help"} & set(words):
         raise UserError(WHICH)
-    made = configured(words, _parser())
-    name, recipe, given = made.name, made.recipe, made.given
+    made = configured(name, words, _parser())
+    recipe, given = made.recipe, made.given
     arguments, changes = made.arguments, made.changes
     settings = Settings(**made.fields)
     if recipe is None or name is None:

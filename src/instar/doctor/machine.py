@@ -19,6 +19,12 @@ from instar.room import disk_free, gibibytes, memory_free
 LITTLE_DISK, LITTLE_MEMORY = 2 * 2**30, 2**30
 
 
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The same as `machine` without the folder: what a measurement depends on."""
+    known = machine(device, Path.cwd())
+    return {name: item for name, item in known.items() if name not in ("folder", "disk_free")}
+
+
 def machine(device: torch.device, folder: Path) -> dict[str, Any]:
     """Versions and hardware, as JSON can hold them.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,19 +63,13 @@ def test_gallery(name: str, examples: Examples, classes: Sequence[str]) -> Galle
     order = examples.order
     order = order[(examples.clean[0] == examples.label)[order]]
     count = min(SHOWN, len(order) // 2)
-
-    def tiles(rows: np.ndarray) -> list[Tile]:
-        return [
-            tile(examples, int(row), classes, f"loss {minus(f'{examples.vulnerability[row]:+.2f}')}") for row in rows
-        ]
-
     return GalleryView(
         title=f"{name}: test images",
         protocol=f"{examples.protocol}. Vulnerability: by how much the attack raises the loss, in nats, among "
         f"{len(order):,} of {len(examples.label):,} images that are right before.{_magnification(examples)}",
         parts=[
-            ("Most vulnerable", "hard", tiles(order[:count])),
-            ("Least vulnerable", "good", tiles(order[::-1][:count])),
+            ("Most vulnerable", "hard", _tiles(examples, order[:count], classes)),
+            ("Least vulnerable", "good", _tiles(examples, order[::-1][:count], classes)),
         ],
     )
 
@@ -233,6 +227,11 @@ def _training(run: StoredRun, images: Images | None, count: int) -> Mapping[str,
     }
 
 
+def _tiles(examples: Examples, rows: Iterable[int], classes: Sequence[str]) -> list[Tile]:
+    """Attacked images, each with what the attack added to its loss."""
+    return [tile(examples, int(row), classes, f"loss {minus(f'{examples.vulnerability[row]:+.2f}')}") for row in rows]
+
+
 def _detail(
     name: str,
     k: int,
@@ -262,9 +261,7 @@ def _detail(
         mine = examples.label == k
         lines.append(("Taken for, under PGD", _mistakes(examples.adv[0][mine], k, classes)))
         rows = [row for row in examples.order if mine[row] and examples.clean[0][row] == k][:_OF_CLASS]
-        tiles = [
-            tile(examples, int(row), classes, f"loss {minus(f'{examples.vulnerability[row]:+.2f}')}") for row in rows
-        ]
+        tiles = _tiles(examples, rows, classes)
     if training is not None and training["n"][k]:
         lines.append(
             (
